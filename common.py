@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from fractions import Fraction
@@ -106,7 +106,8 @@ def parse_config(cls, script, doc, tiny, argv=None):
     """The command line -> a `cls`: explicit flags > `tiny` (tiny model only) > dataclass defaults.
 
     With --resume DIR the config is DIR/config.json; a flag that contradicts it is an error, except
-    --steps, so that a finished run can be trained longer.
+    --steps, so that a finished run can be trained longer. A script's --score DIR evaluates a
+    finished run: only flags of the evaluation may be given with it.
     """
     parser = Parser(cls, prog=f"{script}.py", description=doc, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,15 +124,7 @@ def parse_config(cls, script, doc, tiny, argv=None):
             action.default = argparse.SUPPRESS  # what remains in the namespace was typed
     typed = vars(parser.parse_args(argv))
     if typed.get("resume"):
-        folder = Path(typed["resume"])
-        try:
-            saved = json.loads((folder / "config.json").read_text())
-            known = {k: v for k, v in saved["config"].items() if k in cls.__dataclass_fields__}
-            made_by = saved["script"]
-        except (OSError, ValueError, TypeError, KeyError) as e:
-            fail(f"--resume {folder}: no config.json of a run in it ({e}); name a run folder")
-        if made_by != script:
-            fail(f"--resume {folder}: was made by {made_by}.py, not by {script}.py")
+        folder, known = Path(typed["resume"]), saved_config(cls, script, typed, "resume")
         for k, v in typed.items():
             same = v == known.get(k) or (k in ("model", "out", "dataset", "eval_dataset")
                                          and Path(v) == Path(known.get(k, "")))
@@ -139,6 +132,12 @@ def parse_config(cls, script, doc, tiny, argv=None):
                 fail(f"--resume {folder}: it was run with --{k} {known.get(k)}, not {v}; leave "
                      "the flag out, or start a new run")
         cfg = cls(**{**known, **typed, "resume": str(folder), "out": str(folder)})
+    elif typed.get("score"):
+        known = saved_config(cls, script, typed, "score") | {"device": "auto", "resume": ""}
+        for k in typed.keys() - {"score", "device", "seed", "eval_dataset", "eval_size",
+                                 "eval_samples", "max_new_tokens", "temperature"}:
+            fail(f"--score {typed['score']}: --{k} is of the training; leave it out")
+        cfg = cls(**{**known, **typed, "out": typed["score"]})
     else:
         is_tiny = typed.get("model", "tiny") == "tiny"
         cfg = cls(**{**(tiny if is_tiny else {}), **typed})
@@ -167,6 +166,20 @@ def parse_config(cls, script, doc, tiny, argv=None):
     return cfg
 
 
+def saved_config(cls, script, typed, flag):
+    """The flags of the run in the folder that --`flag` names, as a dict."""
+    what = f"--{flag} {typed[flag]}"
+    try:
+        saved = json.loads((Path(typed[flag]) / "config.json").read_text())
+        known = {k: v for k, v in saved["config"].items() if k in cls.__dataclass_fields__}
+        made_by = saved["script"]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        fail(f"{what}: no config.json of a run in it ({e}); name a run folder")
+    if made_by != script:
+        fail(f"{what}: was made by {made_by}.py, not by {script}.py")
+    return known
+
+
 def seed_everything(cfg):
     """Seeds the generators that a checkpoint keeps; one CPU thread for the tiny model, whose
     matrices are so small that a second thread mostly waits."""
@@ -186,7 +199,7 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama-3": "meta-llama", "Mistral": "mistralai"
 def resolve_model(name, flag="--model"):
     """A folder or a Hub id as they are; a bare name gets its organisation."""
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+        if not any((Path(name) / f).is_file() for f in ("config.json", "adapter_config.json")):
             fail(f"{flag} {name}: no config.json in this folder; give a save_pretrained folder")
         return name
     if "/" in name:
@@ -249,6 +262,7 @@ def load_model(name, cfg, lora=False, flag="--model"):
         fail(f"{flag} {name}: its tokenizer has no EOS token, so no response could ever end")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token  # masks are built from positions, so this is harmless
+    model.generation_config.suppress_tokens = None  # a script's choice, not the checkpoint's
     model = model.to(cfg.device).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -286,17 +300,23 @@ def stop_ids(model, tok):
 
 def frozen_reference(model):
     """The reference policy: a frozen copy; None under LoRA, where switching the adapters off
-    gives it back (`reference_logps`)."""
+    gives it back (`reference_policy`)."""
     if hasattr(model, "disable_adapter"):
         return None
     return copy.deepcopy(model).requires_grad_(False)
 
 
-@torch.no_grad()
+@contextmanager
+def reference_policy(model, reference):
+    """`with reference_policy(...) as ref:` gives the model to run without gradient."""
+    with torch.no_grad(), model.disable_adapter() if reference is None else nullcontext():
+        yield reference or model
+
+
 def reference_logps(model, reference, ids, mask, temperature):
     """Log-probabilities under the reference policy. (n, L), (n, L) -> (n, L)"""
-    with model.disable_adapter() if reference is None else nullcontext():
-        return response_logps(reference or model, ids, mask, temperature)[0]
+    with reference_policy(model, reference) as ref:
+        return response_logps(ref, ids, mask, temperature)[0]
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -679,6 +699,7 @@ class Sample:
     finished: bool
     logps: list = dataclasses.field(default_factory=list)  # of the sampler, per token
     entropy: float = 0.0  # of the sampler's distributions, summed over the tokens, in nats
+    read: tuple = ()  # log-probabilities of a token that was asked for, before and after EOS
 
 
 def as_samples(tok, prompts, texts):
@@ -689,12 +710,15 @@ def as_samples(tok, prompts, texts):
 
 
 @torch.no_grad()
-def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=None, rows=256):
-    """`group` responses to each prompt from softmax(logits / temperature), nothing else applied.
+def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=None, read=None,
+           rows=256):
+    """`group` responses to each prompt from softmax(logits / temperature), nothing else applied
+    (but see `suppress`).
 
-    temperature 0 is greedy. At most `rows` responses are decoded at a time, fewer where their KV
-    cache would pass KV_BYTES, prompts of similar length together. Returns B*G Samples; sample i
-    answers prompt i // group.
+    temperature 0 is greedy. `read` is a token id: the log-probability that the model gives it at
+    the end of a finished response comes with the Sample, see `decode`. At most `rows` responses
+    are decoded at a time, fewer where their KV cache would pass KV_BYTES, prompts of similar length
+    together. Returns B*G Samples; sample i answers prompt i // group.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     c = causal_lm(model).config
@@ -707,15 +731,20 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
     for start in range(0, len(order), step):
         chosen = order[start:start + step]
         found = decode(model, tok, [prompts[i] for i in chosen], group, max_new_tokens,
-                       temperature, generator)
+                       temperature, generator, read)
         for n, i in enumerate(chosen):
             done[i] = found[n * group:(n + 1) * group]
     return [s for i in range(len(prompts)) for s in done[i]]
 
 
-def decode(model, tok, prompts, group, max_new_tokens, temperature, generator):
+def decode(model, tok, prompts, group, max_new_tokens, temperature, generator, read):
     """The decoding loop. Each prompt is prefilled once and its KV cache shared by its group;
-    finished rows are dropped once they are a quarter of the batch."""
+    finished rows are dropped once they are a quarter of the batch.
+
+    With `read`, a token id, a finished row goes through one more forward, of its EOS, and its
+    Sample.read is log softmax(logits)[read], unscaled, of the distribution that EOS was drawn from
+    and of the one after EOS.
+    """
     lm, device = causal_lm(model), model.device
     was_training = lm.training
     lm.eval()  # gradient checkpointing switches the KV cache off in training mode
@@ -745,36 +774,55 @@ def decode(model, tok, prompts, group, max_new_tokens, temperature, generator):
     logps = torch.zeros(n, max_new_tokens, device=device)
     entropy = torch.zeros(n, device=device)
     length = torch.full((n,), max_new_tokens, device=device)
+    found = torch.zeros(n, 2, device=device)  # what `read` asks for: before EOS, after it
     row = torch.arange(n, device=device)  # which response each live row is
     open_ = torch.ones(n, dtype=torch.bool, device=device)  # live rows that have not ended
     for t in range(max_new_tokens):
-        token, logp, h = draw(logits, temperature, generator)
+        token, logp, h = draw(suppress(model, logits), temperature, generator)
         tokens[row, t], logps[row, t] = token, logp
         entropy[row] += h * open_
         ended = open_ & torch.isin(token, stop)
         length[row[ended]] = t + 1
         open_ = open_ & ~ended
-        alive = int(open_.sum())
-        if alive == 0 or t + 1 == max_new_tokens:
+        needed = open_ if t + 1 < max_new_tokens else torch.zeros_like(open_)
+        if read is not None:
+            found[row[ended], 0] = torch.log_softmax(logits[ended].float(), -1)[:, read]
+            needed = needed | ended
+        alive = int(needed.sum())
+        if alive == 0:
             break
         if alive <= 0.75 * len(row):
-            keep = open_.nonzero().squeeze(1)
+            keep = needed.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
             row, mask, position, token = row[keep], mask[keep], position[keep], token[keep]
-            open_ = open_[keep]
+            open_, ended = open_[keep], ended[keep]
         position = position + 1
         seen = mask[:, :width + t + 1]
         if ready:
             seen = seen[:, None, None, :] if padded else None
         logits = lm(input_ids=token[:, None], attention_mask=seen, position_ids=position,
                     past_key_values=cache, use_cache=True).logits[:, -1]
+        if read is not None:
+            found[row[ended], 1] = torch.log_softmax(logits[ended].float(), -1)[:, read]
     lm.train(was_training)
-    tokens, logps, length, entropy = (x.tolist() for x in (tokens, logps, length, entropy))
+    tokens, logps, length, entropy, found = (
+        x.tolist() for x in (tokens, logps, length, entropy, found))
     tokens = [row[:k] for row, k in zip(tokens, length)]
     texts = tok.batch_decode(tokens, skip_special_tokens=True)
     ends = set(stop.tolist())
     return [Sample(tuple(prompts[i // group]), tokens[i], texts[i], tokens[i][-1] in ends,
-                   logps[i][:length[i]], entropy[i]) for i in range(n)]
+                   logps[i][:length[i]], entropy[i],
+                   tuple(found[i]) if read is not None and tokens[i][-1] in ends else ())
+            for i in range(n)]
+
+
+def suppress(model, logits):
+    """(n, V) -> the same, with -inf for what a script put in generation_config.suppress_tokens:
+    the policy never draws those tokens, so they have no part in its distribution."""
+    tokens = causal_lm(model).generation_config.suppress_tokens
+    if not tokens:
+        return logits
+    return logits.index_fill(1, torch.tensor(tokens, device=logits.device), -math.inf)
 
 
 def draw(logits, temperature, generator=None):
@@ -827,22 +875,28 @@ def micro_batches(samples, micro_tokens):
         yield rows
 
 
-def response_logps(model, ids, mask, temperature, with_entropy=False):
+def hidden_states(model, ids):
+    """What the LM head turns into logits: column t predicts token t + 1. (n, L) -> (n, L, H)
+
+    Rows are right-padded, so causal attention alone keeps padding out of every response.
+    """
+    return causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=None):
     """log pi(ids[:, t] | ids[:, <t]) and the entropy of that distribution. -> 2 x (n, L), float32
 
     Zero outside `mask`; the entropy carries no gradient, and is all zero unless asked for. Only
     masked positions reach the LM head, in chunks recomputed in the backward pass, so (n, L, V)
-    never exists. Rows are right-padded, so causal attention alone keeps padding out of every
-    response.
+    never exists. `hidden` are the `hidden_states` of `ids`, where they are at hand.
     """
-    lm = causal_lm(model)
-    hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = hidden_states(model, ids) if hidden is None else hidden
     row, column = mask[:, 1:].nonzero(as_tuple=True)
     hidden, target = hidden[row, column], ids[row, column + 1]
-    head = lm.get_output_embeddings()
+    head = causal_lm(model).get_output_embeddings()
 
     def score(h, y):
-        logp = torch.log_softmax(head(h).float() / temperature, -1)
+        logp = torch.log_softmax(suppress(model, head(h).float()) / temperature, -1)
         entropy = torch.zeros(len(y), device=y.device)
         if with_entropy:
             with torch.no_grad():
@@ -868,6 +922,11 @@ def batch_logps(model, samples, cfg):
         ids, mask = collate([samples[i] for i in rows], cfg.device)
         out[rows, :ids.shape[1]] = response_logps(model, ids, mask, cfg.temperature)[0]
     return out
+
+
+def response_part(sample, row):
+    """The entries of `row` (L,) that belong to the response of `sample`."""
+    return row[len(sample.prompt):len(sample.prompt) + len(sample.tokens)]
 
 
 # ------------------------------------------------------------------------------ answer checking
@@ -917,6 +976,7 @@ def as_number(text):
     return -value if minus else value
 
 
+@functools.lru_cache(10**5)
 def same_answer(given, truth):
     """Equality of two final answers: as numbers, as texts, else as LaTeX by math-verify."""
     if given is None or truth is None:
@@ -944,32 +1004,53 @@ def same_answer(given, truth):
 def evaluate(model, tok, problems, cfg, correct):
     """Greedy accuracy on held-out problems, overall and per level; with cfg.eval_samples = k also
     mean@k, pass@k and maj@k of k samples. `correct(text, problem)` -> bool.
-
-    Draws from a generator of its own, so that evaluating never changes training.
     """
-    prompts = [p.prompt for p in problems]
-    greedy = sample(model, tok, prompts, 1, cfg.max_new_tokens, 0)
+    result = greedy_accuracy(model, tok, problems, cfg, correct)
+    if cfg.eval_samples:
+        result |= at_k(*sample_solutions(model, tok, problems, cfg, correct), cfg.eval_samples)
+    return result
+
+
+def greedy_accuracy(model, tok, problems, cfg, correct):
+    """The share of correct greedy responses, overall and per level."""
+    greedy = sample(model, tok, [p.prompt for p in problems], 1, cfg.max_new_tokens, 0)
     right = [correct(s.text, p) for s, p in zip(greedy, problems)]
     result = {"accuracy": sum(right) / len(right)}
     for level in sorted({p.level for p in problems if p.level}):
         of_level = [r for r, p in zip(right, problems) if p.level == level]
         result[f"accuracy/level{level}"] = sum(of_level) / len(of_level)
-    if k := cfg.eval_samples:
-        generator = torch.Generator(cfg.device).manual_seed(1234)
-        drawn = sample(model, tok, prompts, k, cfg.max_new_tokens, cfg.temperature, generator)
-        right = [correct(s.text, problems[i // k]) for i, s in enumerate(drawn)]
-        rows = [right[i:i + k] for i in range(0, len(right), k)]
-        votes = [majority([extract_answer(s.text) for s in drawn[i:i + k]])
-                 for i in range(0, len(drawn), k)]
-        result |= {f"mean@{k}": sum(right) / len(right),
-                   f"pass@{k}": sum(map(any, rows)) / len(rows),
-                   f"maj@{k}": sum(row[v] for row, v in zip(rows, votes)) / len(rows)}
     return result
 
 
-def majority(answers):
-    """Index of the first answer of the largest class of equal ones; None is no vote."""
-    return max(range(len(answers)), key=lambda i: sum(same_answer(answers[i], a) for a in answers))
+def sample_solutions(model, tok, problems, cfg, correct, read=None):
+    """cfg.eval_samples = k responses to each problem -> B*k Samples, and which are correct.
+
+    Draws from a generator of its own, so that evaluating never changes training.
+    """
+    generator = torch.Generator(cfg.device).manual_seed(1234)
+    drawn = sample(model, tok, [p.prompt for p in problems], cfg.eval_samples, cfg.max_new_tokens,
+                   cfg.temperature, generator, read)
+    return drawn, [correct(s.text, problems[i // cfg.eval_samples]) for i, s in enumerate(drawn)]
+
+
+def at_k(samples, right, k):
+    """mean@k, pass@k and maj@k of B*k samples."""
+    rows = [right[i:i + k] for i in range(0, len(right), k)]
+    votes = [majority([extract_answer(s.text) for s in samples[i:i + k]])
+             for i in range(0, len(samples), k)]
+    return {f"mean@{k}": sum(right) / len(right),
+            f"pass@{k}": sum(map(any, rows)) / len(rows),
+            f"maj@{k}": sum(row[v] for row, v in zip(rows, votes)) / len(rows)}
+
+
+def majority(answers, weights=None):
+    """Index of the first answer of the class of equal ones with the largest summed weight (the
+    larger class where sums are equal); None is no vote."""
+    def votes(i):
+        same = [same_answer(answers[i], a) for a in answers]
+        return sum(w for w, x in zip(weights or same, same) if x), sum(same)
+
+    return max(range(len(answers)), key=votes)
 
 
 # ------------------------------------------------------- run folder, metrics, checkpoints
@@ -988,6 +1069,31 @@ def save_folder(folder, write):
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+SAMPLING_METRICS = {  # what `sampling_statistics` tells, and the script's policy/mismatch
+    "reward/accuracy": "share of sampled responses that are correct: the number to watch",
+    "groups/all_wrong": "share of sampled groups without a correct response",
+    "groups/all_correct": "share of sampled groups without a wrong response: no signal in them",
+    "policy/entropy": "of the sampling distribution, nats per sampled token; 0 is collapse",
+    "policy/mismatch": "largest |sampler's - trainer's log-prob| of a token: rounding error",
+    "sample/length": "mean tokens per sampled response",
+    "sample/truncated": "share of sampled responses cut off by --max_new_tokens",
+    "sample/tokens": "tokens sampled since the start, responses never trained on included",
+}
+
+
+def sampling_statistics(samples, right, group, tokens):
+    """SAMPLING_METRICS of B*G samples; right: which are correct; tokens: sampled so far."""
+    groups = [right[i:i + group] for i in range(0, len(right), group)]
+    new = sum(len(s.tokens) for s in samples)
+    return {"reward/accuracy": sum(right) / len(right),
+            "groups/all_wrong": sum(not any(g) for g in groups) / len(groups),
+            "groups/all_correct": sum(all(g) for g in groups) / len(groups),
+            "policy/entropy": sum(s.entropy for s in samples) / new,
+            "sample/length": new / len(samples),
+            "sample/truncated": sum(not s.finished for s in samples) / len(samples),
+            "sample/tokens": tokens}
 
 
 class Run:
@@ -1041,7 +1147,9 @@ class Run:
             f.write(json.dumps(row) + "\n")
 
     def report(self, step, result):
-        tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
+        """One line of an evaluation; of the numbers per level only the accuracies."""
+        shown = {k: v for k, v in result.items() if "/" not in k or k.startswith("accuracy/")}
+        tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
 
     def seconds(self):
         return time.perf_counter() - self.started
@@ -1177,7 +1285,8 @@ class Run:
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
         print(f"\n{'held-out':<18}{'before':>8}{'after':>8}")
         for name in after:
-            print(f"{name:<18}{before[name]:>8.3f}{after[name]:>8.3f}")
+            was = f"{before[name]:.3f}" if name in before else "-"
+            print(f"{name:<18}{was:>8}{after[name]:>8.3f}")
         print(f"\n{state['step']} steps, {self.seconds():.0f} s; everything is in {self.folder}/")
 
 

@@ -93,8 +93,10 @@ from common import (
     problem_stream,
     reference_logps,
     response_logps,
+    response_part,
     same_answer,
     sample,
+    sampling_statistics,
     seed_everything,
     update,
 )
@@ -146,20 +148,13 @@ GOLDEN_TRIES = 4  # responses per problem of a golden-answer model; the first ri
 
 METRICS = {
     "reward/mean": "mean reward of the sampled responses, golden answers not included",
-    "reward/accuracy": "share of sampled responses that are correct: the number to watch",
-    "groups/all_wrong": "share of sampled groups without a correct response",
-    "groups/all_correct": "share of sampled groups without a wrong response: no signal in them",
+    **common.SAMPLING_METRICS,
     "groups/golden": "share of trained groups that hold a golden answer",
     "groups/unrepaired": "share of sampled groups that stayed all wrong: --golden off, or none",
     "golden/logp": "mean log-probability per token of the golden answers under the old policy",
     "golden/clipped": "share of golden answers whose ratio is clipped: 0 with one update",
     "policy/clipped": "share of the trained ratios of sampled responses that are clipped, likewise",
-    "policy/entropy": "of the sampling distribution, nats per sampled token; 0 is collapse",
     "policy/kl": "k3 KL to the reference policy per token; only with --kl_beta",
-    "policy/mismatch": "largest |sampler's - trainer's log-prob| of a token: rounding error",
-    "sample/length": "mean tokens per sampled response",
-    "sample/truncated": "share of sampled responses cut off by --max_new_tokens",
-    "sample/tokens": "tokens sampled since the start, dropped groups included",
     "sample/rounds": "rounds of sampling; more than 1 only with --dynamic_sampling",
     "loss/total": "about 0 for one update of gcpo, gspo: the signal is in the gradient, not here",
     "optim/grad_norm": "before clipping, the largest of the updates; 0 when no group has contrast",
@@ -481,9 +476,8 @@ def main(argv=None):
             norms.append(update(opt, cfg, step, loss_total))
 
         state["tokens"] += sum(len(s.tokens) for g in sampled for s in g.samples)
-        values = step_statistics(sampled, groups, seen, cfg) | {
-            "sample/tokens": state["tokens"], "sample/rounds": rounds,
-            "loss/total": loss_total, "optim/grad_norm": max(norms)}
+        values = step_statistics(sampled, groups, seen, cfg, state["tokens"]) | {
+            "sample/rounds": rounds, "loss/total": loss_total, "optim/grad_norm": max(norms)}
         examples = [
             {"prompt": g.problem.question, "response": g.samples[i].text, "reward": g.rewards[i],
              "golden": i == g.golden} for g in groups[:4] for i in (0, g.golden) if i is not None]
@@ -491,33 +485,23 @@ def main(argv=None):
     run.finish(state, policy, tok, test)
 
 
-def step_statistics(sampled, groups, seen, cfg):
+def step_statistics(sampled, groups, seen, cfg, tokens):
     """What a step's METRICS say about sampling and about the rows that were trained on.
 
     `seen` holds per trained row: index, share of ratios clipped, mean KL, old log-probs (L).
     """
-    own = [s for g in sampled for s in g.samples]
-    right = [c for g in sampled for c in g.correct]
-    tokens = sum(len(s.tokens) for s in own)
-    wrong = [not any(g.correct) for g in sampled]
+    rewards = [r for g in sampled for r in g.rewards]
     repaired = sum(g.golden is not None for g in groups)
-    values = {
-        "reward/mean": sum(r for g in sampled for r in g.rewards) / len(own),
-        "reward/accuracy": sum(right) / len(own),
-        "groups/all_wrong": sum(wrong) / len(sampled),
-        "groups/all_correct": sum(all(g.correct) for g in sampled) / len(sampled),
-        "groups/golden": repaired / max(1, len(groups)),
-        "groups/unrepaired": sum(wrong) / len(sampled) - repaired / len(sampled),
-        "policy/entropy": sum(s.entropy for s in own) / tokens,
-        "sample/length": tokens / len(own),
-        "sample/truncated": sum(not s.finished for s in own) / len(own),
-    }
+    values = sampling_statistics([s for g in sampled for s in g.samples],
+                                 [c for g in sampled for c in g.correct], cfg.group, tokens)
+    values |= {"reward/mean": sum(rewards) / len(rewards),
+               "groups/golden": repaired / max(1, len(groups)),
+               "groups/unrepaired": values["groups/all_wrong"] - repaired / len(sampled)}
     rows = {True: [], False: []}  # by: is it a golden answer?
     for i, cut, kl, logp in seen:
         group, j = groups[i // cfg.group], i % cfg.group
-        start = len(group.problem.prompt)
-        logp = logp[start:start + len(group.samples[j].tokens)]
-        rows[j == group.golden].append((group.samples[j], cut, kl, logp))
+        rows[j == group.golden].append((group.samples[j], cut, kl,
+                                        response_part(group.samples[j], logp)))
     if rows[True]:
         values["golden/logp"] = mean(mean(logp) for _, _, _, logp in rows[True])
         values["golden/clipped"] = mean(cut for _, cut, _, _ in rows[True])

@@ -1,12 +1,12 @@
-"""Runs a script's method and baselines over seeds at equal sampled tokens and tabulates the result.
+"""Runs a script's method and baselines over seeds and tabulates the result.
 
     python benchmarks/reproduce.py --only gcpo --seeds 5 --jobs 2        (make results)
 
 Every run is `python <script>.py --method ... --seed ...` on the embedded default, one thread, in
 runs/reproduce/; a finished one (its summary.json exists) is not run again, a killed one is resumed.
-The method itself runs first; the baselines of the same seed then stop at the first step that has
-sampled as many tokens. Writes benchmarks/results/<script>.json and .png (the curves of the first
-run), and prints the table.
+The method itself runs first. A baseline of the same seed then stops at the first step that has
+sampled as many tokens; where all rows sample alike at every step, it takes as many steps. Writes
+benchmarks/results/<script>.json and the pictures of the first run, and prints the table.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# script: rows of the table; the first one sets the number of sampled tokens
+# script: rows of the table; the first one sets the number of sampled tokens or of steps
 ROWS = {
     "gcpo": {
         "gcpo": [],
@@ -29,7 +29,20 @@ ROWS = {
         "gspo": ["--method", "gspo"],
         "gspo, lr 1e-4": ["--method", "gspo", "--lr", "1e-4"],
     },
+    "laser": {
+        "laser": [],
+        "laser, tau 0": ["--tau", "0"],
+        "grpo": ["--method", "grpo"],
+    },
 }
+EQUAL_STEPS = ("laser",)
+COLUMNS = {  # of the printed table; the .json has every number
+    "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],
+    "laser": ["accuracy", "verify_f1", "auroc", "auroc/level3", "auroc/level4", "auroc_logp", "ece",
+              "maj@8", "weighted_maj@8", "best_of@8"],
+}
+PICTURES = {"gcpo": {"curves.png": ".png"},
+            "laser": {"curves.png": ".png", "score.png": "_score.png"}}
 
 
 def sampled_tokens(folder):
@@ -61,7 +74,8 @@ def tabulate(script, folders):
     table = {}
     for name, found in folders.items():
         summaries = [json.loads((f / "summary.json").read_text()) for f in found]
-        after = {k: [s["after"][k] for s in summaries] for k in summaries[0]["after"]}
+        names = [k for k in summaries[0]["after"] if all(k in s["after"] for s in summaries)]
+        after = {k: [s["after"][k] for s in summaries] for k in names}
         after |= {"steps": [s["steps"] for s in summaries],
                   "seconds": [round(s["seconds"]) for s in summaries],
                   "sampled_tokens": [sampled_tokens(f) for f in found]}
@@ -76,9 +90,9 @@ def tabulate(script, folders):
             "before": json.loads((first / "summary.json").read_text())["before"], "rows": table}
 
 
-def markdown(result):
+def markdown(result, columns):
     """The table as the README shows it."""
-    before = result["before"]
+    before = {k: result["before"][k] for k in columns}
     lines = ["| method | " + " | ".join(k.replace("accuracy/", "") for k in before)
              + " | steps | sampled tokens |", "|---" * (len(before) + 3) + "|",
              "| before | " + " | ".join(f"{v:.3f}" for v in before.values()) + " | 0 | 0 |"]
@@ -106,17 +120,19 @@ def main():
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = {name: [pool.submit(run, script, name, flags, s) for s in seeds]}
             folders = {name: [j.result() for j in jobs[name]]}
-            jobs = {other: [pool.submit(run, script, other, [
-                *more, "--steps", "1000000", "--sampled_tokens",
-                str(sampled_tokens(folders[name][s]))], s) for s in seeds]
-                for other, more in baselines}
+            stop = {s: [] if script in EQUAL_STEPS else [
+                "--steps", "1000000", "--sampled_tokens", str(sampled_tokens(folders[name][s]))]
+                for s in seeds}
+            jobs = {other: [pool.submit(run, script, other, more + stop[s], s) for s in seeds]
+                    for other, more in baselines}
             folders |= {other: [j.result() for j in found] for other, found in jobs.items()}
         result = tabulate(script, folders)
         target = ROOT / "benchmarks" / "results" / f"{script}.json"
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n")
-        shutil.copy(folders[name][0] / "curves.png", target.with_suffix(".png"))
-        print(markdown(result))
+        for picture, ending in PICTURES[script].items():
+            shutil.copy(folders[name][0] / picture, target.with_name(script + ending))
+        print(markdown(result, COLUMNS[script]))
 
 
 if __name__ == "__main__":

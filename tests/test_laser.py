@@ -1,0 +1,406 @@
+"""laser.py end to end, in-process on small checkpoints: learns, resumes, scores, refuses."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_common import GSM, llama_folder, word_tokenizer, write  # noqa: F401 (a fixture)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+import common
+import laser
+
+ROOT = Path(__file__).parent.parent
+# c_ref of the briefly warmed-up model is about -12, so its scale of the score is a larger one
+SMALL = "--prompts 8 --group 4 --max_new_tokens 48 --eval_size 20 --eval_samples 2 --lr 1e-3 " \
+        "--save_every 2 --eval_every 2 --beta_v .2 --std_threshold .01 " \
+        "--reasoning_warmup_steps 1 --self_rewarding_warmup_steps 1".split()
+
+
+CORRECT = laser.correct
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The briefly warmed-up model is hardly ever right, so a solution counts as correct here if it
+    ends in an even digit: about half of them do, and a verifier can learn it. A short calibration.
+    """
+    monkeypatch.setattr(laser, "correct", lambda text, problem: text[-1:] in tuple("02468"))
+    monkeypatch.setattr(laser, "PAIRS", 24)
+
+
+def run(out, *argv, steps=3):
+    laser.main([*SMALL, "--steps", str(steps), "--out", str(out), *map(str, argv)])
+    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+
+
+def weights(out):
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def spy(monkeypatch, name):
+    """Records the arguments of every call of laser.<name>, and what it returned."""
+    real, calls = getattr(laser, name), []
+
+    def recorded(*a, **k):
+        found = real(*a, **k)
+        calls.append((a, found))
+        return found
+
+    monkeypatch.setattr(laser, name, recorded)
+    return calls
+
+
+# --------------------------------------------------------------------------------- the run folder
+
+
+def test_run_folder(tmp_path, capsys):
+    folder = tmp_path / "r"
+    rows = run(folder)
+    printed = capsys.readouterr().out
+    assert re.search(r"calibration: z_c = <\|pad\|>, c_ref = -1\d\.\d+, standard deviation \d+\.\d+"
+                     r" over \d+ own solutions", printed)
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert config["token"] == "<|pad|>" and config["c_ref"] < -10 and config["alpha"] == .1
+    summary = json.loads((folder / "summary.json").read_text())
+    for when in ("before", "after"):
+        assert {"accuracy", "accuracy/level1", "verify_f1", "auroc", "auroc_logp", "ece", "mean@2",
+                "maj@2", "weighted_maj@2", "best_of@2"} <= set(summary[when])
+    assert {"step", "prompt", "response", "reward", "score"} == set(
+        json.loads(open(folder / "samples.jsonl").readline()))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "samples.jsonl",
+        "score.png", "summary.json"]
+    assert (folder / "score.png").stat().st_size > 10_000
+    table = printed[printed.index("held-out  "):]
+    assert "verify_f1" in table and "before   after" in table
+
+
+def test_every_declared_metric_is_logged(tmp_path):
+    names = {k for r in run(tmp_path / "r", "--kl_beta", .1, "--prompts", 8) for k in r}
+    for declared in laser.METRICS:
+        assert any(common.fnmatch(n, declared) for n in names), f"{declared} is never logged"
+
+
+@pytest.mark.parametrize("argv", [
+    ["--tau", 0], ["--reference", "exact"], ["--balance", "false"], ["--verify_loss", "bce"],
+    ["--read", "before_eos"], ["--reference", "exact", "--read", "before_eos", "--tau", 1],
+    ["--alpha", 0, "--tau", .5]])
+def test_switches_run(tmp_path, argv):
+    for r in run(tmp_path / "r", *argv)[1:]:
+        assert r["optim/grad_norm"] > 0 and abs(r["loss/total"]) < 100
+        assert r["policy/mismatch"] < 1e-4
+
+
+def test_the_score_learns(tmp_path, monkeypatch):
+    """Held-out F1 and AUROC rise within seconds. Without GRPO, which makes every solution end in an
+    even digit before the score has learned what that is."""
+    monkeypatch.setattr(laser, "group_advantages", torch.zeros_like)
+    monkeypatch.setattr(common, "TINY_LEVELS", (1,))
+    rows = run(tmp_path / "r", "--eval_samples", 8, "--eval_every", 0, "--save_every", 0, "--tau", 0,
+               "--alpha", 1, "--reasoning_warmup_steps", 0, "--lr", 5e-4, "--prompts", 16,
+               "--max_new_tokens", 16, steps=50)
+    before, after = rows[0], rows[-1]
+    assert after["eval/verify_f1"] > .7 and after["eval/auroc"] > .8
+    assert after["eval/auroc"] > before["eval/auroc"] + .1
+    assert rows[-1]["verify/score_correct"] > rows[-1]["verify/score_wrong"] + .1
+    assert rows[-1]["verify/loss"] < .7 * rows[1]["verify/loss"]
+
+
+# ---------------------------------------------------------------------------- LaSeR against GRPO
+
+
+def test_without_alpha_and_tau_laser_is_grpo(tmp_path):
+    for name, flags in (("a", ["--alpha", 0, "--tau", 0]), ("b", ["--method", "grpo"])):
+        run(tmp_path / name, *flags)
+    same = [(tmp_path / x / "metrics.jsonl").read_text() for x in "ab"]
+    assert same[0] == same[1] and torch.equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_the_first_warm_up_is_grpo(tmp_path):
+    a, b = (run(tmp_path / m, "--method", m, "--reasoning_warmup_steps", 2, steps=4)
+            for m in ("laser", "grpo"))
+    assert a[:3] == b[:3] and "verify/loss" not in a[2]
+    assert a[3]["optim/grad_norm"] != b[3]["optim/grad_norm"] and "verify/loss" in a[3]
+    assert a[3]["reward/mean"] == b[3]["reward/mean"], "sampled before the first MSE step"
+    assert "verify/mixed" in a[4] and "verify/mixed" not in a[3]
+
+
+def test_training_does_not_depend_on_micro_tokens(tmp_path):
+    found = []
+    for n in (64, 100_000):
+        rows = run(tmp_path / str(n), "--micro_tokens", n, "--reasoning_warmup_steps", 0,
+                   "--self_rewarding_warmup_steps", 0, steps=1)
+        found.append((rows[1]["optim/grad_norm"], rows[1]["verify/loss"],
+                      weights(tmp_path / str(n))))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-4)
+    assert (found[0][2] - found[1][2]).abs().max() < 1e-4
+
+
+# ------------------------------------------------------- what the loop hands to the equations
+
+
+def test_class_weights_count_finished_solutions_of_the_whole_batch(tmp_path, monkeypatch):
+    weight, loss = spy(monkeypatch, "class_weights"), spy(monkeypatch, "verification_loss")
+    run(tmp_path / "r", "--max_new_tokens", 14, "--micro_tokens", 64, "--prompts", 16, "--c_ref",
+        -12, "--reasoning_warmup_steps", 0, "--temperature", 1.3, steps=1)
+    (r, finished, balance), w = weight[0]
+    assert len(r) == 64 and balance and 0 < finished.sum() < 64 and len(loss) > 5
+    assert all(a[4] == finished.sum() for a, _ in loss)
+    assert (w[~finished] == 0).all() and \
+        torch.cat([a[2] for a, _ in loss]).sum().item() == pytest.approx(w.sum().item())
+
+
+def test_exact_reference_is_the_initial_policy(tmp_path, monkeypatch):
+    calls = spy(monkeypatch, "verification_score")
+    run(tmp_path / "r", "--reference", "exact", "--reasoning_warmup_steps", 0, steps=2)
+    (before, first, *rest) = [found for _, found in calls]
+    assert before.abs().max() < 1e-3 and first.abs().max() < 1e-4
+    assert rest[-1].abs().max() > .01
+
+
+def test_a_format_without_one_mark_is_reward_zero(tmp_path, monkeypatch):
+    calls = spy(monkeypatch, "reward")
+    monkeypatch.setattr(laser, "correct", lambda text, problem: True)
+    monkeypatch.setattr(laser, "well_formed", lambda text, prompt: len(text) % 2 == 0)
+    rows = run(tmp_path / "r", steps=1)
+    assert rows[1]["reward/accuracy"] == 1 > rows[1]["reward/mean"] > 0
+    assert all(prompt.startswith("<|user|>") for (_, _, prompt), _ in calls)
+
+
+# ------------------------------------------------------------------------------- z_c and c_ref
+
+
+def test_z_c_is_never_sampled(tiny, policy, tmp_path):
+    model, tok = tiny
+    prompts = common.encode_questions(tok, ["Ada has 1 figs, gets 1. How many figs?"])
+    z = tok.convert_tokens_to_ids("=")
+    for banned in (False, True):
+        policy.generation_config.suppress_tokens = [z] if banned else None
+        for temperature in (0, 1.0):
+            found = common.sample(policy, tok, prompts, 8, 20, temperature, read=z)
+            assert any(z in s.tokens for s in found) != banned
+    assert all(s.read[0] < 0 for s in found if s.finished), "read from the logits as they are"
+    run(tmp_path / "r", steps=1)
+    saved = json.loads((tmp_path / "r" / "model" / "generation_config.json").read_text())
+    assert saved["suppress_tokens"] == [tok.pad_token_id]
+    again = common.load_model(str(tmp_path / "r" / "model"), SimpleNamespace(device="cpu"))[0]
+    assert again.generation_config.suppress_tokens is None, "another script samples everything"
+
+
+def test_c_ref_is_measured_on_own_finished_solutions(tmp_path, monkeypatch, tiny):
+    model, tok = tiny
+    read = spy(monkeypatch, "batch_last_token_logps")
+    run(tmp_path / "r", "--temperature", 1.3, "--max_new_tokens", 24, steps=1)
+    (_, pairs, z, _), logps = read[0]
+    assert len(pairs) >= laser.PAIRS and all(s.finished for s in pairs)
+    assert len({s.prompt for s in pairs}) > laser.PAIRS // 2
+    config = json.loads((tmp_path / "r" / "config.json").read_text())["config"]
+    assert config["c_ref"] == pytest.approx(logps[:, 0].mean().item()) and z == [tok.pad_token_id]
+
+
+def test_a_given_c_ref_is_not_measured(tmp_path, capsys):
+    run(tmp_path / "r", "--c_ref", -9, steps=0)
+    assert "calibration" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["c_ref"] == -9
+
+
+def test_the_smallest_beta_v_is_named_and_works(tmp_path, refused, capsys):
+    for beta_v in (.01, .07):
+        error = refused(laser.main, *SMALL, "--steps", 0, "--beta_v", beta_v, "--out", tmp_path)
+        assert "must exceed 0.0" in error and "log Z" in error
+    works = re.search(r"--beta_v (0\.\d+),", error)[1]
+    run(tmp_path, "--beta_v", works, steps=0)
+    error = refused(laser.main, *SMALL, "--token", "=", "--beta_v", .1, "--out", tmp_path / "s")
+    assert "--token =" in error and "token that is used less" in error
+
+
+@pytest.mark.parametrize("argv,says", [
+    (["--token", "<|nope|>"], "not in the vocabulary"), (["--token", "<|end|>"], "ends a response"),
+    (["--verify_loss", "bce", "--wrong_token", "<|pad|>"], "z_i"), (["--c_ref", 3], "negative"),
+    (["--eval_samples", 0], "--eval_samples"), (["--group", 1], "at least 2"),
+    (["--alpha", -1], "--alpha"), (["--tau", 2], "--tau"), (["--beta_v", 0], "--beta_v"),
+    (["--std_threshold", -1], "--std_threshold"), (["--max_new_tokens", 2], "raise it"),
+    (["--reasoning_warmup_steps", -1], "warmup"), (["--score", "/nowhere"], "--score /nowhere"),
+    (["--method", "ppo"], "ppo"), (["--read", "middle"], "middle")])
+def test_bad_flags(tmp_path, refused, argv, says):
+    assert says in refused(laser.main, *([] if "--score" in argv else [
+        *SMALL, "--steps", 1, "--out", tmp_path / "r"]), *argv)
+    assert not (tmp_path / "r" / "config.json").exists()
+
+
+# ------------------------------------------------------------------------------------ real input
+
+LATEX = [{"problem": f"What is $\\frac{{{i}}}{{7}}$ as a fraction?",
+          "answer": f"\\frac{{{i}}}{{7}}", "level": 1 + i % 5,
+          "solution": f"It is $\\boxed{{\\frac{{{i}}}{{7}}}}$."}
+         for i in range(1, 13)]
+
+
+@pytest.fixture
+def qwen_folder(tmp_path_factory):
+    """-> a function: a random-weights Qwen2 checkpoint with Qwen's special tokens, of the Instruct
+    (EOS <|im_end|>, pad <|endoftext|>) or the Base layout (pad == EOS)."""
+    def make(pad_is_eos):
+        folder = tmp_path_factory.mktemp("qwen")
+        eos = "<|endoftext|>" if pad_is_eos else "<|im_end|>"
+        text = [r["problem"] + r["solution"] for r in LATEX] + [r["answer"] for r in GSM]
+        blank = common.tiny_tokenizer(text).backend_tokenizer
+        bpe = json.loads(blank.to_str())["model"]
+        extra = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+        tok = Qwen2Tokenizer(bpe["vocab"], [tuple(m) for m in bpe["merges"]], eos_token=eos,
+                             pad_token="<|endoftext|>", unk_token="<|endoftext|>",
+                             extra_special_tokens=[t for t in extra if t != eos])
+        tok.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=len(tok) + 10, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=64, max_position_embeddings=512,
+            tie_word_embeddings=True, eos_token_id=tok.eos_token_id, bos_token_id=None,
+            pad_token_id=tok.pad_token_id)).save_pretrained(folder)
+        tok.save_pretrained(folder)
+        return str(folder)
+    return make
+
+
+@pytest.mark.parametrize("layout", ["tiny", "pad", "pad_is_eos"])
+def test_mixing_reads_z_c_of_the_old_policy(tmp_path, monkeypatch, qwen_folder, layout):
+    """Defects A and C, in the loop: brute force on every row by itself."""
+    mixed, loss = spy(monkeypatch, "mixed_advantages"), spy(monkeypatch, "verification_loss")
+    sampled = spy(monkeypatch, "sample")
+    folder = "tiny" if layout == "tiny" else qwen_folder(layout == "pad_is_eos")
+    flags = [] if layout == "tiny" else ["--model", folder, "--dataset", write(
+        tmp_path / "a.jsonl", GSM), "--max_new_tokens", 60]
+    run(tmp_path / "r", "--reasoning_warmup_steps", 0, "--self_rewarding_warmup_steps", 0,
+        "--micro_tokens", 10**6, "--beta_v", .3, *flags, steps=1)
+    model, tok = common.load_model(folder, SimpleNamespace(device="cpu"))
+    config = json.loads((tmp_path / "r" / "config.json").read_text())["config"]
+    z = tok.convert_tokens_to_ids(config["token"])
+    (A, score, finished, tau, threshold), _ = mixed[0]
+    for i, s in enumerate(sampled[-1][1]):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*s.prompt, *s.tokens]])).logits[0, -1].double()
+        expected = .3 * (torch.log_softmax(logits, -1)[z] - config["c_ref"])
+        assert score.flatten()[i].item() == pytest.approx(expected.item(), abs=1e-4)
+        assert finished.flatten()[i] == s.finished
+    assert score.shape == (8, 4) and not score.requires_grad and (tau, threshold) == (.1, .01)
+    # one update: the scores with gradient are the same numbers
+    (logp_z, _, weight, c, n, _), _ = loss[0]
+    again = verification_score_of(logp_z, config)
+    assert logp_z.requires_grad and n == finished.sum() > 0 and len(again) == n
+    assert again == pytest.approx(sorted(score[finished].tolist()), abs=1e-4)
+
+
+def verification_score_of(logp_z, config):
+    return sorted((.3 * (logp_z[:, 0] - config["c_ref"])).tolist())
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+@pytest.mark.parametrize("rows", [GSM, LATEX])
+def test_qwen_layout(tmp_path, qwen_folder, monkeypatch, pad_is_eos, rows):
+    monkeypatch.setattr(laser, "correct", CORRECT)
+    folder = qwen_folder(pad_is_eos)
+    tok = AutoTokenizer.from_pretrained(folder)
+    assert (tok.eos_token_id == tok.pad_token_id) == pad_is_eos
+    loss = spy(monkeypatch, "verification_loss")
+    real = laser.sample
+
+    def some_right(model, tok, prompts, group, *a, **k):  # a random model is never right
+        found = real(model, tok, prompts, group, *a, **k)
+        for s in found[::2]:
+            text = rows[0]["solution"] if "solution" in rows[0] else rows[0]["answer"]
+            s.tokens = [*tok(text).input_ids, tok.eos_token_id]
+            s.text, s.finished, s.logps = text, True, [-1.0] * len(s.tokens)
+        return found
+
+    monkeypatch.setattr(laser, "sample", some_right)
+    found = run(tmp_path / "r", "--model", folder, "--dataset",
+                write(tmp_path / "a.jsonl", rows[:1]), "--eval_dataset",
+                write(tmp_path / "b.jsonl", rows[1:]), "--max_new_tokens", 60, "--beta_v", .3)
+    config = json.loads((tmp_path / "r" / "config.json").read_text())["config"]
+    assert config["token"] == "<|vision_start|>"
+    assert found[2]["reward/mean"] == .5 and 0 <= found[3]["verify/f1"] <= 1
+    r = torch.cat([a[1] for a, _ in loss])
+    assert (r == 1).sum() == 2 * 16, "answers, in LaTeX too, are verified"
+
+
+def test_llama_3_layout_and_a_tokenizer_without_spare_tokens(tmp_path, llama_folder, refused):  # noqa: F811
+    tok = word_tokenizer()
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    cfg = laser.Config(model="x")
+    tok.add_special_tokens({"additional_special_tokens": ["<|reserved_special_token_0|>",
+                                                          "<|reserved_special_token_1|>"]})
+    cfg.verify_loss = "bce"
+    z = laser.verification_tokens(tok, model, cfg)
+    assert tok.convert_ids_to_tokens(z) == [cfg.token, cfg.wrong_token] == [
+        "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+    data = write(tmp_path / "a.jsonl", GSM)
+    error = refused(laser.main, *SMALL, "--model", llama_folder(), "--dataset", data, "--out",
+                    tmp_path / "r")
+    assert "give --token" in error and "<|vision_start|>" in error
+
+
+# --------------------------------------------------------------------- resume, LoRA, --score
+
+
+def test_resume_is_exact(tmp_path, monkeypatch):
+    flags = ["--save_every", 2, "--eval_every", 0, "--reference", "exact"]
+    whole = run(tmp_path / "whole", *flags, steps=5)
+    run(tmp_path / "r", *flags, steps=2)
+    monkeypatch.setattr(laser, "PAIRS", 10**9)  # measuring again would fail
+    laser.main(["--resume", str(tmp_path / "r"), "--steps", "5"])
+    rows = [json.loads(line) for line in open(tmp_path / "r" / "metrics.jsonl")]
+    drop = [[{k: v for k, v in r.items() if "eval" not in k} for r in x] for x in (whole, rows)]
+    assert drop[0] == drop[1] and len(rows) == 6
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "r"))
+
+
+def test_score_of_a_finished_run(tmp_path, capsys, refused):
+    folder = tmp_path / "r"
+    run(folder)
+    after = json.loads((folder / "summary.json").read_text())["after"]
+    (folder / "score.png").unlink()
+    capsys.readouterr()
+    laser.main(["--score", str(folder)])
+    printed = capsys.readouterr().out
+    result = json.loads((folder / "score.json").read_text())
+    cost = result.pop("cost")
+    assert result == pytest.approx(after, abs=1e-6)
+    assert 0 < cost["generation_s"] < 9 and 0 < cost["with_score_s"] < 9
+    assert "reading the score: generating 40 solutions takes" in printed and "verify_f1" in printed
+    assert (folder / "score.png").exists()
+    laser.main(["--score", str(folder), "--eval_samples", "3", "--eval_size", "4"])
+    assert "weighted_maj@3" in json.loads((folder / "score.json").read_text())
+    assert "--lr" in refused(laser.main, "--score", folder, "--lr", 1)
+    common.shutil.rmtree(folder / "model")
+    assert "no model/" in refused(laser.main, "--score", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "script": "gcpo"}))
+    assert "gcpo.py" in refused(laser.main, "--score", folder)
+
+
+@pytest.mark.parametrize("reference", ["constant", "exact"])
+def test_lora_run_resumes_and_scores(tmp_path, qwen_folder, reference):
+    flags = ["--model", qwen_folder(False), "--dataset", write(tmp_path / "a.jsonl", GSM),
+             "--max_new_tokens", 60, "--lora", "--beta_v", .3, "--reference", reference]
+    whole = run(tmp_path / "r", *flags, steps=4)
+    run(tmp_path / "s", *flags, steps=2)
+    laser.main(["--resume", str(tmp_path / "s"), "--steps", "4"])
+    assert [json.loads(line) for line in open(tmp_path / "s" / "metrics.jsonl")] == whole
+    after = json.loads((tmp_path / "r" / "summary.json").read_text())["after"]
+    laser.main(["--score", str(tmp_path / "r")])
+    score = json.loads((tmp_path / "r" / "score.json").read_text())
+    assert {k: score[k] for k in after} == pytest.approx(after, abs=1e-4)

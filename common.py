@@ -123,6 +123,8 @@ def parse_config(cls, script, doc, tiny, argv=None):
                 action.nargs, action.const = "?", True
             action.default = argparse.SUPPRESS  # what remains in the namespace was typed
     typed = vars(parser.parse_args(argv))
+    if typed.get("resume") and typed.get("score"):
+        fail("--resume goes on with a run, --score evaluates a finished one: give one of the two")
     if typed.get("resume"):
         folder, known = Path(typed["resume"]), saved_config(cls, script, typed, "resume")
         for k, v in typed.items():
@@ -134,8 +136,8 @@ def parse_config(cls, script, doc, tiny, argv=None):
         cfg = cls(**{**known, **typed, "resume": str(folder), "out": str(folder)})
     elif typed.get("score"):
         known = saved_config(cls, script, typed, "score") | {"device": "auto", "resume": ""}
-        for k in typed.keys() - {"score", "device", "seed", "eval_dataset", "eval_size",
-                                 "eval_samples", "max_new_tokens", "temperature"}:
+        for k in typed.keys() - {"score", "device", "eval_dataset", "eval_size", "eval_samples",
+                                 "max_new_tokens", "temperature"}:
             fail(f"--score {typed['score']}: --{k} is of the training; leave it out")
         cfg = cls(**{**known, **typed, "out": typed["score"]})
     else:
@@ -532,6 +534,19 @@ def encode_prompts(problems, model, tok, instruction, max_new_tokens, what):
         print(f"{what}: {len(problems) - len(kept)} of {len(problems)} prompts skipped: with "
               f"--max_new_tokens {max_new_tokens} they do not fit the context of {context} tokens")
     return kept
+
+
+def set_up(cfg, path=None):
+    """Seeds, loads, renders: -> policy (from `path`, or cfg.model), tokenizer, training problems,
+    held-out problems, and the instruction that follows their questions."""
+    seed_everything(cfg)
+    train, held_out = load_problems(cfg)
+    policy, tok = load_model(path or cfg.model, cfg, cfg.lora and not path,
+                             "--score" if path else "--model")
+    instruction = instruction_for(train, cfg.dataset, tok)
+    train = encode_prompts(train, policy, tok, instruction, cfg.max_new_tokens, "training")
+    held_out = encode_prompts(held_out, policy, tok, instruction, cfg.max_new_tokens, "evaluation")
+    return policy, tok, train, held_out, instruction
 
 
 def encode_questions(tok, questions):

@@ -85,9 +85,7 @@ from common import (
     extract_answer,
     fail,
     frozen_reference,
-    instruction_for,
     load_model,
-    load_problems,
     micro_batches,
     parse_config,
     problem_stream,
@@ -97,7 +95,7 @@ from common import (
     same_answer,
     sample,
     sampling_statistics,
-    seed_everything,
+    set_up,
     update,
 )
 
@@ -407,12 +405,7 @@ def policy_loss(logp, old_logp, ref_logp, A, mask, cfg, n_seq, n_tok, unclipped=
 def main(argv=None):
     cfg = parse(argv)
     run = Run(cfg, "gcpo", METRICS, CURVES)
-    seed_everything(cfg)
-    train, held_out = load_problems(cfg)
-    policy, tok = load_model(cfg.model, cfg, cfg.lora)
-    instruction = instruction_for(train, cfg.dataset, tok)
-    train = encode_prompts(train, policy, tok, instruction, cfg.max_new_tokens, "training")
-    held_out = encode_prompts(held_out, policy, tok, instruction, cfg.max_new_tokens, "evaluation")
+    policy, tok, train, held_out, instruction = set_up(cfg)
     golden = golden_answers(train, tok, cfg, run, instruction)
     reference = frozen_reference(policy) if cfg.kl_beta else None
     opt = MasterAdamW(policy, cfg.lr)

@@ -2,14 +2,15 @@
 
 THE IDEA
     The optimal policy of an RL problem "say whether this solution is right" has its reward in
-    closed form: beta_v log[pi(z_c|x,y) / pi_ref(z_c|x,y)], z_c being any token that means
-    "correct". For a token nobody uses, log pi_ref(z_c|x,y) is practically a constant c_ref. So the
-    log-probability of ONE token, read right after the solution's <EOS>, is a score of the solution.
-    An MSE term ties that score to the verifier's 0/1 while GRPO trains the reasoning; once it is
-    good, the score also enters the advantage. At test time it verifies and weighs the answers.
+    closed form: beta_v log[pi(z_c|x,y) / pi_ref(z_c|x,y)] + beta_v log Z, z_c being any token that
+    means "correct". For a token nobody uses, log Z is about 0 and log pi_ref(z_c|x,y) practically a
+    constant c_ref. So the log-probability of ONE token, read right after the solution's <EOS>, is a
+    score of the solution. An MSE term ties that score to the verifier's 0/1 while GRPO trains the
+    reasoning; once it is good, the score also enters the advantage. At test time it verifies and
+    weighs the answers.
 
 THE LOOP                                               code                       source
-    0. measure c_ref once with the initial policy      calibrate                  Sec. 2, [code]
+    0. measure c_ref once with the initial policy      calibrate                  [paper*]
     1. sample G solutions to each of B prompts         common.sample              [code]
     2. verify them: r_v = 0 or 1                       reward                     Eq. 2
     3. group advantage of r_v                          group_advantages           Eq. 4
@@ -18,11 +19,12 @@ THE LOOP                                               code                     
     5. after the first: weights of the two classes     class_weights              Eq. 14
     6. PPO-clip loss + alpha MSE(r_s, r_v), AdamW      policy_loss                Eq. 3-4, [code]
                                                        verification_loss          Eq. 12-14
-    test time: F1, AUROC, ECE, weighted votes          self_verification          Sec. 2.7, [code]
+    test time: F1, AUROC, ECE, weighted votes          self_verification          [paper*], [code]
 
 METHODS  --method   alpha   tau    phases
          laser      .1      .1     GRPO | + MSE after w_r steps | + mixing after w_sr more
          grpo       0       0      GRPO; z_c stays untrained, and is read all the same
+         (on the tiny model laser has alpha 1: it has few steps to learn to verify)
 
 WHAT IS KNOWN OF THE PAPER
     [paper]  abstract and Figure 1, read. [paper*] its numbered equations and Algorithm 1, from a
@@ -31,10 +33,12 @@ WHAT IS KNOWN OF THE PAPER
 
     D1  what is read: the column z_c of the logits AT the EOS position, addressed by the length of
         the response [paper Fig. 1]. The released mixing path reads the next row's first token
-        under packing, and one slot too late where pad and EOS differ: not repeated
-    D2  the logits are unscaled, whatever --temperature is, and their log-softmax is in float32
+        under packing; the released MSE reads one slot too late where pad and EOS differ
+    D2  the logits are unscaled, whatever --temperature is, and their log-softmax is in float32. On
+        CUDA the logits themselves are bfloat16: near 20 they are rounded by .06, .006 of score
     D3  truncated solutions: no MSE, score 0 in every statistic of A_s, their own included; the
-        released code gives them a score read elsewhere. An EOS in the last slot is finished [ours]
+        released code gives them a score read elsewhere. At test time score 0, too ("wrong"), and
+        never the best of k. An EOS in the last slot is finished [ours]
     D4  r_s is clamped to [0, 1] in A_s and in votes [code, paper*], never in the MSE
     D5  A_s: unbiased std, no epsilon; groups with std <= T keep A_v [code; the paper says below T]
     D6  the MSE is divided by N_c + N_i, finished solutions of the whole batch [Eq. 14]; the code
@@ -45,14 +49,17 @@ WHAT IS KNOWN OF THE PAPER
     D9  KL: Eq. 13 has it, the code's coefficient is 0: --kl_beta 0
     D10 one optimizer step per rollout batch [code], so the ratio is 1 and the clip never acts;
         it stands here as the paper's loss has it
-    D11 z_c is never sampled, in training and in what model/ generates
-    D12 --verify_loss bce is Eq. 16; its score is the probability pi(z_c|x,y) itself, and the
-        class weights apply to it, too [ours]. The released branch cannot be reached
+    D11 z_c (with bce z_i, too) is never sampled: neither here nor, except with --lora, by
+        whoever generates from model/ [ours]
+    D12 --verify_loss bce is Eq. 16. The released branch cannot be reached. Ours: its score is the
+        probability pi(z_c|x,y) itself, the class weights apply to it, too, and it is refused with
+        before_eos, where it would push down EOS itself
     D13 beta_v must exceed 1/|c_ref|, or the target log pi = c_ref + 1/beta_v would be positive,
         and beta_v log Z must be near 0 (at most OFFSET): else an error names what works
     D14 reward: correct AND exactly one final-answer mark [code: one \\boxed{; "####" ours];
-        accuracy, in training and evaluation, does not ask for the form [code]
+        accuracy does not ask for the form [evaluation: code; in training: ours]
     D15 votes: sum per class of equal answers; ties by the larger class, then the first [ours]
+    D16 no weight decay [code: 0.01]
 
 SHAPES  B prompts, G solutions each, N = B*G rows, L columns; row i belongs to prompt i // G.
 RUN     python laser.py                               # tiny model, CPU, offline, minutes
@@ -82,15 +89,12 @@ from common import (
     at_k,
     causal_lm,
     collate,
-    encode_prompts,
     extract_answer,
     fail,
     frozen_reference,
     greedy_accuracy,
     hidden_states,
-    instruction_for,
     load_model,
-    load_problems,
     majority,
     micro_batches,
     parse_config,
@@ -103,7 +107,7 @@ from common import (
     sample,
     sample_solutions,
     sampling_statistics,
-    seed_everything,
+    set_up,
     stop_ids,
     update,
 )
@@ -115,7 +119,8 @@ from common import (
 class Config(common.Config):
     method: Literal["laser", "grpo"] = arg("laser", "the paper's, or its baseline")
     # Left out, these two follow --method (the table above).
-    alpha: float | None = arg(None, "weight of the verification loss [code: 0.1; grpo 0]")
+    alpha: float | None = arg(None, "weight of the verification loss [code: 0.1; grpo 0; the tiny "
+                                    "model 1, ours]")
     tau: float | None = arg(None, "share of A_s in the advantage, 0 = `LaSeR -SWA` [code: 0.1]")
     beta_v: float = arg(0.1, "scale of the score, KL weight of the verification RL [code: 0.1]")
     std_threshold: float = arg(0.1, "T: groups with a smaller std of scores keep A_v [code: 0.1]")
@@ -149,19 +154,20 @@ TINY = dict(steps=300, prompts=32, group=8, max_new_tokens=64, lr=1e-4, eval_siz
             self_rewarding_warmup_steps=60, token="<|pad|>", wrong_token="~")
 TOKENS = ("<|vision_start|>", "<|reserved_special_token_0|>")  # z_c: Qwen's, Llama-3's [code]
 CLIP, DUAL_CLIP = 0.2, 3.0  # [verl's defaults, which the code keeps]
-PAIRS = 256   # own solutions that c_ref is measured on [ours; the paper's figure has 300]
+TINY_ALPHA = 1.0  # of laser: the tiny model has few steps to learn to verify
+PAIRS = 256   # own solutions that c_ref is measured on [ours; 2nd: 300]
 OFFSET = 0.05  # largest beta_v log Z: a tenth of the way from a target to the threshold [ours]
 
 METRICS = {
     "reward/mean": "mean r_v: correct, and with exactly one final-answer mark",
     **common.SAMPLING_METRICS,
-    "verify/loss": "Eq. 14 before alpha, from the first warm-up on",
+    "verify/loss": "Eq. 14 (bce: Eq. 16) before alpha, from the first warm-up on",
     "verify/score_correct": "mean r_s of the finished solutions with r_v = 1; target 1",
     "verify/score_wrong": "mean r_s of those with r_v = 0; target 0",
     "verify/f1": "harmonic mean of the two classes' accuracies at r_s > 0.5, on the batch",
     "verify/mixed": "share of groups whose advantage has A_s in it: std of scores above T",
     "policy/kl": "k3 KL to the reference policy per token; only with --kl_beta",
-    "loss/total": "policy loss + alpha verify/loss; the first is about 0, see the FAQ",
+    "loss/total": "policy loss + alpha verify/loss; the first follows the lengths, see the FAQ",
     "optim/grad_norm": "before clipping",
     "eval/*": "on held-out problems: accuracy (greedy), accuracy/level<n>, mean@k, pass@k, maj@k, "
               "weighted_maj@k, best_of@k, verify_f1, verify_correct, verify_wrong, auroc, "
@@ -178,6 +184,8 @@ CURVES = {
 
 def parse(argv):
     cfg = parse_config(Config, "laser", __doc__, TINY, argv)
+    if cfg.alpha is None and cfg.method == "laser" and cfg.model == "tiny":
+        cfg.alpha = TINY_ALPHA
     for name, value in METHODS[cfg.method].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
@@ -185,14 +193,17 @@ def parse(argv):
         fail(f"--group {cfg.group}: an advantage compares solutions, so a group needs at least 2")
     if cfg.eval_samples < 1:
         fail("--eval_samples 0: the score is evaluated on sampled solutions, so at least 1")
-    if not (cfg.alpha >= 0 and 0 <= cfg.tau <= 1 and cfg.kl_beta >= 0):
-        fail("--alpha and --kl_beta must not be negative, --tau must be in [0, 1]")
-    if not (cfg.beta_v > 0 and cfg.std_threshold >= 0):
+    if not (0 <= cfg.alpha < math.inf and 0 <= cfg.tau <= 1 and 0 <= cfg.kl_beta < math.inf):
+        fail("--alpha and --kl_beta must be numbers from 0 on, --tau must be in [0, 1]")
+    if not (0 < cfg.beta_v < math.inf and cfg.std_threshold >= 0):
         fail("--beta_v must be positive, --std_threshold not negative (A_s is divided by the std)")
     if cfg.reasoning_warmup_steps < 0 or cfg.self_rewarding_warmup_steps < 0:
         fail("--reasoning_warmup_steps and --self_rewarding_warmup_steps must not be negative")
     if cfg.c_ref is not None and not -math.inf < cfg.c_ref < 0:
         fail(f"--c_ref {cfg.c_ref}: is a log-probability, so negative")
+    if cfg.verify_loss == "bce" and cfg.read == "before_eos":
+        fail("--verify_loss bce teaches z_c the whole probability of the position that it is read "
+             "at; with --read before_eos none would be left for EOS: use --read after_eos")
     return cfg
 
 
@@ -220,29 +231,33 @@ def reward(right, text, prompt):
     return float(right and well_formed(text, prompt))
 
 
-def verification_tokens(tok, model, cfg):
-    """-> ids of z_c and z_i; names them in cfg. z_c must be one token that ends nothing."""
-    vocab = tok.get_vocab()
-    name = cfg.token or next((t for t in TOKENS if t in vocab), None)
-    stop = {tok.convert_ids_to_tokens(i) for i in stop_ids(model, tok)}
-    free = [t for t in tok.get_added_vocab() if t not in stop]
-    if name is None:
-        fail(f"--model {cfg.model}: its tokenizer has none of {', '.join(TOKENS)}; give --token an "
-             f"unused one, such as one of {', '.join(free[:8]) or 'its vocabulary'}")
-    if name not in vocab:
-        fail(f"--token {name}: not in the vocabulary of {cfg.model}; perhaps {', '.join(free[:8])}")
-    if name in stop:
-        fail(f"--token {name}: ends a response; an unused token is needed, perhaps "
-             f"{', '.join(free[:8])}")
-    cfg.token = name
-    z = [vocab[name]]
+def verification_tokens(tok, model, problems, cfg):
+    """-> ids of z_c and, for bce, z_i; names them in cfg. Each must be one token of the model that
+    ends no response and is in no prompt."""
+    vocab, used = tok.get_vocab(), {i for p in problems for i in p.prompt}
+    rows = causal_lm(model).get_output_embeddings().weight.shape[0]
+    taken = {*stop_ids(model, tok), *used}
+    free = [t for t, i in tok.get_added_vocab().items() if i not in taken and i < rows]
+    perhaps = f"an unused one, such as {', '.join(free[:8])}" if free else "an unused one"
+
+    def token_id(flag, name):
+        if name not in vocab or vocab[name] >= rows:
+            fail(f"{flag} {name}: {cfg.model} has no such token; give {perhaps}")
+        if vocab[name] in taken:
+            what = "is in the prompts" if vocab[name] in used else "ends a response"
+            fail(f"{flag} {name}: {what}; give {perhaps}")
+        return vocab[name]
+
+    cfg.token = cfg.token or next((t for t in TOKENS if t in vocab), "")
+    if not cfg.token:
+        fail(f"--model {cfg.model}: its tokenizer has none of {', '.join(TOKENS)}; give with "
+             f"--token {perhaps}")
+    z = [token_id("--token", cfg.token)]
     if cfg.verify_loss == "bce":
-        other = cfg.wrong_token or tok.convert_ids_to_tokens(vocab[name] + 1)
-        if other not in vocab or other in stop or other == name:
-            fail(f"--wrong_token {other}: --verify_loss bce needs a second unused token, z_i, that "
-                 "is in the vocabulary and ends no response")
-        cfg.wrong_token = other
-        z.append(vocab[other])
+        cfg.wrong_token = cfg.wrong_token or tok.convert_ids_to_tokens(z[0] + 1) or ""
+        if cfg.wrong_token == cfg.token:
+            fail(f"--wrong_token {cfg.wrong_token}: is --token already")
+        z.append(token_id("--wrong_token", cfg.wrong_token))
     return z
 
 
@@ -270,13 +285,32 @@ def calibrate(policy, tok, problems, z, cfg):
         logp = torch.tensor([cfg.c_ref])
     if cfg.verify_loss == "mse":
         offset, works = log_z_offset(logp, cfg.beta_v), smallest_beta_v(logp)
+        rounded = (math.floor(works * 1e4) + 1) / 1e4 if works < math.inf else works
         if cfg.beta_v <= -1 / cfg.c_ref or offset > OFFSET:
             fail(f"--beta_v {cfg.beta_v} is too small for --token {cfg.token}: log pi_ref of it is "
                  f"{cfg.c_ref:.2f} on average, beta_v must exceed {-1 / cfg.c_ref:.4f}, and "
                  f"beta_v log Z is {offset:.3f} where at most {OFFSET} can be neglected; "
                  + ("no --beta_v works: take a --token that is used less" if works == math.inf else
-                    f"the smallest that works is --beta_v {math.ceil(works * 1e4) / 1e4}, or take "
+                    f"the smallest that works is --beta_v {rounded:g}, or take "
                     "a --token that is used less"))
+
+
+@torch.no_grad()
+def batch_last_token_logps(model, samples, z, cfg):
+    """`last_token_logps` of any number of samples, without gradient. -> (N, len(z))"""
+    out = torch.zeros(len(samples), len(z), device=cfg.device)
+    for rows in micro_batches(samples, cfg.micro_tokens):
+        ids, mask = collate([samples[i] for i in rows], cfg.device)
+        out[rows] = last_token_logps(model, hidden_states(model, ids), mask, z, cfg.read)
+    return out
+
+
+def reference_logp_z(policy, reference, samples, z, cfg):
+    """log pi_ref(z_c|x,y): c_ref, or with --reference exact by a reference forward. -> (N,)"""
+    if cfg.reference == "constant":
+        return torch.full((len(samples),), cfg.c_ref, device=cfg.device)
+    with reference_policy(policy, reference) as ref:
+        return batch_last_token_logps(ref, samples, z, cfg)[:, 0]
 
 
 # -------------------------------------------------------------------------- 3. the paper's maths
@@ -297,7 +331,7 @@ def last_token_logps(model, hidden, mask, z, read):
     """log pi(z|x,y) of each token of z, after (or before) the last response token. (D1, D2)
 
     hidden (n, L, H), mask (n, L) -> (n, len(z)) in float32. For a finished response that last token
-    is EOS, so after_eos reads the first position that the response does not cover.
+    is EOS, whose logits predict the first position after the response.
     """
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)                                # (n,)
     last = last - 1 if read == "before_eos" else last
@@ -324,9 +358,9 @@ def log_z_offset(ref_logp, beta_v):
 
 def smallest_beta_v(ref_logp):
     """The smallest beta_v with beta_v > 1/|c_ref| and an offset of at most OFFSET, by bisection:
-    the offset falls as beta_v grows, towards the mean of pi_ref(z_c). inf if none is large enough.
+    the offset falls as beta_v grows, towards the mean of pi_ref(z_c). inf if 10 is not enough.
     """
-    low, high = -1 / ref_logp.double().mean().item(), 1e4
+    low, high = -1 / ref_logp.double().mean().item(), 10.0
     if log_z_offset(ref_logp, high) > OFFSET:
         return math.inf
     for _ in range(100):
@@ -391,24 +425,6 @@ def policy_loss(logp, old_logp, ref_logp, A, mask, cfg, n_tok):
     return -((J - cfg.kl_beta * kl) * mask).sum() / n_tok, kl.detach().sum(1) / mask.sum(1)
 
 
-@torch.no_grad()
-def batch_last_token_logps(model, samples, z, cfg):
-    """`last_token_logps` of any number of samples, without gradient. -> (N, len(z))"""
-    out = torch.zeros(len(samples), len(z), device=cfg.device)
-    for rows in micro_batches(samples, cfg.micro_tokens):
-        ids, mask = collate([samples[i] for i in rows], cfg.device)
-        out[rows] = last_token_logps(model, hidden_states(model, ids), mask, z, cfg.read)
-    return out
-
-
-def reference_constant(policy, reference, samples, z, cfg):
-    """c of the score: c_ref for every solution, or with --reference exact its own. -> (N,)"""
-    if cfg.reference == "constant":
-        return torch.full((len(samples),), cfg.c_ref, device=cfg.device)
-    with reference_policy(policy, reference) as ref:
-        return batch_last_token_logps(ref, samples, z, cfg)[:, 0]
-
-
 # --------------------------------------------------------------------------------- 4. evaluation
 
 
@@ -447,13 +463,14 @@ def ece(score, right):
 
 
 def self_verification(drawn, right, score, levels, k):
-    """What the score is worth, on k solutions to each problem. Truncated ones have score 0.
+    """What the score is worth, on k solutions to each problem; truncated ones have score 0 (D3).
 
     drawn, right, score, levels: of length B*k. auroc_logp is that of a score which costs nothing,
     the mean log pi(y_t) of the solution. Both are also given within each level, where the problem's
     difficulty is no clue. A number that needs both classes is left out where one is missing.
     """
     label, weight = torch.tensor(right), score.clamp(0, 1).tolist()
+    best = torch.where(torch.tensor([s.finished for s in drawn]), score, -math.inf)
     result = {}
     if label.any() and not label.all():
         logp = torch.tensor([statistics.fmean(s.logps) for s in drawn])
@@ -470,7 +487,7 @@ def self_verification(drawn, right, score, levels, k):
     return result | {
         "ece": ece(score, label),
         f"weighted_maj@{k}": statistics.fmean(right[p][v] for p, v in zip(parts, votes)),
-        f"best_of@{k}": statistics.fmean(right[p][int(score[p].argmax())] for p in parts)}
+        f"best_of@{k}": statistics.fmean(right[p][int(best[p].argmax())] for p in parts)}
 
 
 def draw_scores(path, score, right):
@@ -480,22 +497,23 @@ def draw_scores(path, score, right):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, (left, middle) = plt.subplots(1, 2, figsize=(8.8, 3.6))
+    fig, (curve, histogram) = plt.subplots(1, 2, figsize=(8.8, 3.6))
     bins = calibration_bins(score, right)
-    left.plot([0, 1], [0, 1], color="0.7", lw=1)
-    left.plot(*zip(*[(s, a) for s, a, _ in bins]), marker="o")
-    left.set(title=f"reliability, ECE {ece(score, right):.3f}", xlabel="score, clipped to [0, 1]",
-             ylabel="share of correct solutions", xlim=(-.03, 1.03), ylim=(-.03, 1.03))
+    curve.plot([0, 1], [0, 1], color="0.7", lw=1)
+    curve.plot(*zip(*[(s, a) for s, a, _ in bins]), marker="o")
+    curve.set(title=f"reliability, ECE {ece(score, right):.3f}", xlabel="score, clipped to [0, 1]",
+              ylabel="share of correct solutions", xlim=(-.03, 1.03), ylim=(-.03, 1.03))
     edges = torch.linspace(-0.5, 1.5, 41).tolist()
     for name, rows in (("correct", right), ("wrong", ~right)):
         if not rows.any():
             continue
-        middle.hist(score[rows].clamp(-0.5, 1.5).tolist(), edges, alpha=0.6, density=True,
+        histogram.hist(score[rows].clamp(-0.5, 1.5).tolist(), edges, alpha=0.6, density=True,
                     label=f"{name} ({int(rows.sum())})")
-    middle.axvline(0.5, color="0.3", lw=1, ls="--")
-    middle.set(title="score by class, each of area 1", xlabel="score (ends: and beyond)")
-    middle.legend(fontsize=8)
-    for ax in (left, middle):
+    histogram.axvline(0.5, color="0.3", lw=1, ls="--")
+    histogram.set(title="score by class, each of area 1", xlabel="score (ends: and beyond)",
+               xticks=[-0.5, 0, 0.5, 1, 1.5])
+    histogram.legend(fontsize=8)
+    for ax in (curve, histogram):
         ax.grid(alpha=0.3)
     fig.tight_layout()
     fig.savefig(path, dpi=110)
@@ -511,7 +529,7 @@ def evaluate(policy, reference, tok, problems, z, cfg, folder):
     drawn, right = sample_solutions(policy, tok, problems, cfg, correct, read=z[0])
     read = torch.tensor([s.read or (0.0, 0.0) for s in drawn], device=cfg.device)     # (B*k, 2)
     logp_z = read[:, 1:] if cfg.read == "after_eos" else read[:, :1]
-    score = verification_score(logp_z, reference_constant(policy, reference, drawn, z, cfg), cfg)
+    score = verification_score(logp_z, reference_logp_z(policy, reference, drawn, z, cfg), cfg)
     finished = torch.tensor([s.finished for s in drawn])
     score = torch.where(finished, score.cpu(), 0.0).double()
     draw_scores(Path(folder) / "score.png", score, torch.tensor(right))
@@ -522,31 +540,29 @@ def evaluate(policy, reference, tok, problems, z, cfg, folder):
 
 def score_run(cfg):
     """--score: the evaluation of a finished run, and what reading the score costs."""
-    seed_everything(cfg)
-    train, held_out = load_problems(cfg)
     if not (Path(cfg.score) / "model").is_dir():
         fail(f"--score {cfg.score}: no model/ in it; finish the run with --resume {cfg.score}")
-    policy, tok = load_model(f"{cfg.score}/model", cfg, flag="--score")
+    policy, tok, train, held_out, _ = set_up(cfg, f"{cfg.score}/model")
     reference = load_model(cfg.model, cfg)[0] if cfg.reference == "exact" else None
-    z = verification_tokens(tok, policy, cfg)
-    causal_lm(policy).generation_config.suppress_tokens = [z[0]]
-    instruction = instruction_for(train, cfg.dataset, tok)
-    held_out = encode_prompts(held_out, policy, tok, instruction, cfg.max_new_tokens, "evaluation")
+    z = verification_tokens(tok, policy, train + held_out, cfg)
+    causal_lm(policy).generation_config.suppress_tokens = z
+    print(f"laser: scoring {cfg.score}: {cfg.eval_samples} solutions to each of {len(held_out)} "
+          f"held-out problems of {cfg.eval_dataset or cfg.dataset}, token {cfg.token}, c_ref "
+          f"{cfg.c_ref:.3f}")
     result = evaluate(policy, reference, tok, held_out, z, cfg, cfg.score)
-    seconds = {None: [], z[0]: []}
-    for token in [None, z[0]] * 3:
+    prompts, seconds = [p.prompt for p in held_out[:256]], {None: [], z[0]: []}
+    for token in [None, z[0]] * 5:  # greedy, so that both do the same work; in turns
         start = time.perf_counter()
-        sample_solutions(policy, tok, held_out[:32], cfg, correct, read=token)
+        sample(policy, tok, prompts, 1, cfg.max_new_tokens, 0, read=token)
         seconds[token].append(time.perf_counter() - start)
     plain, read = (statistics.median(seconds[token]) for token in (None, z[0]))
     print(f"\n{'held-out':<18}{'value':>8}")
     for name, value in result.items():
         print(f"{name:<18}{value:>8.3f}")
-    result["cost"] = {"generation_s": plain, "with_score_s": read}
+    result["cost"] = {"solutions": len(prompts), "generation_s": plain, "with_score_s": read}
     (Path(cfg.score) / "score.json").write_text(json.dumps(result, indent=2))
-    print(f"\nreading the score: generating {min(32, len(held_out)) * cfg.eval_samples} solutions "
-          f"takes {plain:.2f} s without it, {read:.2f} s with it ({read / plain - 1:+.1%}); "
-          f"score.png and score.json are in {cfg.score}/")
+    print(f"\ncost: generating {len(prompts)} solutions takes {plain:.2f} s, with the score "
+          f"{read:.2f} s ({read / plain - 1:+.1%}); score.png and score.json are in {cfg.score}/")
 
 
 # ---------------------------------------------------------------------------------- 5. the loop
@@ -565,16 +581,10 @@ def main(argv=None):
     if cfg.score:
         return score_run(cfg)
     run = Run(cfg, "laser", METRICS, CURVES)
-    seed_everything(cfg)
-    train, held_out = load_problems(cfg)
-    policy, tok = load_model(cfg.model, cfg, cfg.lora)
-    instruction = instruction_for(train, cfg.dataset, tok)
-    train = encode_prompts(train, policy, tok, instruction, cfg.max_new_tokens, "training")
-    held_out = encode_prompts(held_out, policy, tok, instruction, cfg.max_new_tokens, "evaluation")
-    z = verification_tokens(tok, policy, cfg)
-    causal_lm(policy).generation_config.suppress_tokens = [z[0]]                         # D11
-    exact = cfg.reference == "exact"
-    reference = frozen_reference(policy) if exact or cfg.kl_beta else None
+    policy, tok, train, held_out, _ = set_up(cfg)
+    z = verification_tokens(tok, policy, train + held_out, cfg)
+    causal_lm(policy).generation_config.suppress_tokens = z                              # D11
+    reference = frozen_reference(policy) if cfg.reference == "exact" or cfg.kl_beta else None
 
     # 0. c_ref of the initial policy; it never moves again
     calibrate(policy, tok, train, z, cfg)
@@ -602,7 +612,7 @@ def main(argv=None):
         A = group_advantages(r.view(-1, cfg.group))                                      # (B, G)
         mixed = torch.zeros(len(A))
         if loss_on or mixing_on:
-            c = reference_constant(policy, reference, batch, z, cfg)                     # (N,)
+            c = reference_logp_z(policy, reference, batch, z, cfg)                     # (N,)
         if mixing_on:
             old_score = verification_score(batch_last_token_logps(policy, batch, z, cfg), c, cfg)
             A, mixed = mixed_advantages(A, old_score.view_as(A), finished.view_as(A), cfg.tau,

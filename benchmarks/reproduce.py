@@ -31,8 +31,9 @@ ROWS = {
     },
     "laser": {
         "laser": [],
-        "laser, tau 0": ["--tau", "0"],
         "grpo": ["--method", "grpo"],
+        "laser, alpha 0.1": ["--alpha", "0.1"],
+        "laser, tau 0": ["--tau", "0"],
     },
 }
 EQUAL_STEPS = ("laser",)

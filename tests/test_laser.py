@@ -108,9 +108,9 @@ def test_the_score_learns(tmp_path, monkeypatch):
     even digit before the score has learned what that is."""
     monkeypatch.setattr(laser, "group_advantages", torch.zeros_like)
     monkeypatch.setattr(common, "TINY_LEVELS", (1,))
-    rows = run(tmp_path / "r", "--eval_samples", 8, "--eval_every", 0, "--save_every", 0, "--tau", 0,
-               "--alpha", 1, "--reasoning_warmup_steps", 0, "--lr", 5e-4, "--prompts", 16,
-               "--max_new_tokens", 16, steps=50)
+    rows = run(tmp_path / "r", "--eval_samples", 8, "--eval_every", 0, "--save_every", 0,
+               "--tau", 0, "--alpha", 1, "--reasoning_warmup_steps", 0, "--lr", 5e-4,
+               "--prompts", 16, "--max_new_tokens", 16, steps=50)
     before, after = rows[0], rows[-1]
     assert after["eval/verify_f1"] > .7 and after["eval/auroc"] > .8
     assert after["eval/auroc"] > before["eval/auroc"] + .1
@@ -344,7 +344,7 @@ def test_llama_3_layout_and_a_tokenizer_without_spare_tokens(tmp_path, llama_fol
     tok.add_special_tokens({"additional_special_tokens": ["<|reserved_special_token_0|>",
                                                           "<|reserved_special_token_1|>"]})
     cfg.verify_loss = "bce"
-    z = laser.verification_tokens(tok, model, cfg)
+    z = laser.verification_tokens(tok, model, [], cfg)
     assert tok.convert_ids_to_tokens(z) == [cfg.token, cfg.wrong_token] == [
         "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
     data = write(tmp_path / "a.jsonl", GSM)

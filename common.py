@@ -1293,7 +1293,8 @@ class Run:
         after = state["after"] if state.get("evaluated") == state["step"] else evaluate()
         save_folder(self.folder / "model",
                     lambda to: (model.save_pretrained(to), tok.save_pretrained(to)))
-        self.draw_curves()
+        if not (self.folder / "curves.png").exists():
+            self.draw_curves()
         summary = {"script": self.script, "method": self.cfg.method, "model": self.cfg.model,
                    "seed": self.cfg.seed, "steps": state["step"], "seconds": self.seconds(),
                    "before": before, "after": after}

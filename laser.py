@@ -250,8 +250,8 @@ def verification_tokens(tok, model, problems, cfg):
 
     cfg.token = cfg.token or next((t for t in TOKENS if t in vocab), "")
     if not cfg.token:
-        fail(f"--model {cfg.model}: its tokenizer has none of {', '.join(TOKENS)}; give with "
-             f"--token {perhaps}")
+        fail(f"--model {cfg.model}: its tokenizer has none of {', '.join(TOKENS)}; give --token, "
+             f"{perhaps}")
     z = [token_id("--token", cfg.token)]
     if cfg.verify_loss == "bce":
         cfg.wrong_token = cfg.wrong_token or tok.convert_ids_to_tokens(z[0] + 1) or ""

@@ -22,7 +22,7 @@ import laser
 ROOT = Path(__file__).parent.parent
 # c_ref of the briefly warmed-up model is about -12, so its scale of the score is a larger one
 SMALL = "--prompts 8 --group 4 --max_new_tokens 48 --eval_size 20 --eval_samples 2 --lr 1e-3 " \
-        "--save_every 2 --eval_every 2 --beta_v .2 --std_threshold .01 " \
+        "--save_every 0 --eval_every 0 --beta_v .2 --std_threshold .01 " \
         "--reasoning_warmup_steps 1 --self_rewarding_warmup_steps 1".split()
 
 
@@ -72,7 +72,8 @@ def test_run_folder(tmp_path, capsys):
                      r" over \d+ own solutions", printed)
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
     config = json.loads((folder / "config.json").read_text())["config"]
-    assert config["token"] == "<|pad|>" and config["c_ref"] < -10 and config["alpha"] == .1
+    assert config["token"] == "<|pad|>" and config["c_ref"] < -10
+    assert (config["alpha"], config["tau"]) == (laser.TINY_ALPHA, .1)
     summary = json.loads((folder / "summary.json").read_text())
     for when in ("before", "after"):
         assert {"accuracy", "accuracy/level1", "verify_f1", "auroc", "auroc_logp", "ece", "mean@2",
@@ -88,9 +89,16 @@ def test_run_folder(tmp_path, capsys):
 
 
 def test_every_declared_metric_is_logged(tmp_path):
-    names = {k for r in run(tmp_path / "r", "--kl_beta", .1, "--prompts", 8) for k in r}
+    names = {k for r in run(tmp_path / "r", "--kl_beta", .1) for k in r}
     for declared in laser.METRICS:
         assert any(common.fnmatch(n, declared) for n in names), f"{declared} is never logged"
+    told = laser.METRICS["eval/*"].replace("<n>", "1").replace("@k", "@2")
+    for name in names:
+        if name.startswith("eval/"):
+            assert name.removeprefix("eval/").split("/level")[0] in told
+    for name in ("verify_correct", "verify_wrong", "auroc", "auroc/level1", "auroc_logp",
+                 "auroc_logp/level1", "ece", "pass@2", "best_of@2", "weighted_maj@2"):
+        assert f"eval/{name}" in names
 
 
 @pytest.mark.parametrize("argv", [
@@ -98,9 +106,13 @@ def test_every_declared_metric_is_logged(tmp_path):
     ["--read", "before_eos"], ["--reference", "exact", "--read", "before_eos", "--tau", 1],
     ["--alpha", 0, "--tau", .5]])
 def test_switches_run(tmp_path, argv):
-    for r in run(tmp_path / "r", *argv)[1:]:
-        assert r["optim/grad_norm"] > 0 and abs(r["loss/total"]) < 100
-        assert r["policy/mismatch"] < 1e-4
+    rows = run(tmp_path / "r", *argv)
+    for r in rows[1:]:
+        assert r["optim/grad_norm"] > 0 and r["policy/mismatch"] < 1e-4
+    plain = run(tmp_path / "plain")
+    if "bce" not in argv:  # suppresses z_i, too
+        assert rows[1] == plain[1], "plain GRPO whatever the switch"
+    assert rows[3]["optim/grad_norm"] != plain[3]["optim/grad_norm"], "the switch does nothing"
 
 
 def test_the_score_learns(tmp_path, monkeypatch):
@@ -108,9 +120,8 @@ def test_the_score_learns(tmp_path, monkeypatch):
     even digit before the score has learned what that is."""
     monkeypatch.setattr(laser, "group_advantages", torch.zeros_like)
     monkeypatch.setattr(common, "TINY_LEVELS", (1,))
-    rows = run(tmp_path / "r", "--eval_samples", 8, "--eval_every", 0, "--save_every", 0,
-               "--tau", 0, "--alpha", 1, "--reasoning_warmup_steps", 0, "--lr", 5e-4,
-               "--prompts", 16, "--max_new_tokens", 16, steps=50)
+    rows = run(tmp_path / "r", "--eval_samples", 8, "--tau", 0, "--alpha", 1, "--lr", 5e-4,
+               "--reasoning_warmup_steps", 0, "--prompts", 16, "--max_new_tokens", 16, steps=50)
     before, after = rows[0], rows[-1]
     assert after["eval/verify_f1"] > .7 and after["eval/auroc"] > .8
     assert after["eval/auroc"] > before["eval/auroc"] + .1
@@ -137,6 +148,14 @@ def test_the_first_warm_up_is_grpo(tmp_path):
     assert "verify/mixed" in a[4] and "verify/mixed" not in a[3]
 
 
+def test_alpha_weighs_the_verification_loss(tmp_path):
+    a, b = (run(tmp_path / str(alpha), "--alpha", alpha, "--tau", 0, "--reasoning_warmup_steps", 0,
+                steps=1)[1] for alpha in (.1, 1))
+    assert a["verify/loss"] == b["verify/loss"] > .01
+    assert b["loss/total"] - a["loss/total"] == pytest.approx(.9 * a["verify/loss"], rel=1e-3)
+    assert b["optim/grad_norm"] > a["optim/grad_norm"]
+
+
 def test_training_does_not_depend_on_micro_tokens(tmp_path):
     found = []
     for n in (64, 100_000):
@@ -151,6 +170,20 @@ def test_training_does_not_depend_on_micro_tokens(tmp_path):
 # ------------------------------------------------------- what the loop hands to the equations
 
 
+def test_the_policy_loss_counts_every_token_of_the_batch(tmp_path, monkeypatch):
+    """Rows without advantage need no forward, but count; with a KL term they are trained on."""
+    for kl_beta in (0, .1):
+        calls, sampled = spy(monkeypatch, "policy_loss"), spy(monkeypatch, "sample")
+        run(tmp_path / str(kl_beta), "--kl_beta", kl_beta, "--group", 2, steps=1)
+        batch = sampled[-1][1]
+        assert {a[6] for a, _ in calls} == {sum(len(s.tokens) for s in batch)}
+        rows = sum(len(a[3]) for a, _ in calls)
+        assert rows == len(batch) if kl_beta else 0 < rows < len(batch)
+        monkeypatch.undo()
+        monkeypatch.setattr(laser, "correct", lambda text, problem: text[-1:] in tuple("02468"))
+        monkeypatch.setattr(laser, "PAIRS", 24)
+
+
 def test_class_weights_count_finished_solutions_of_the_whole_batch(tmp_path, monkeypatch):
     weight, loss = spy(monkeypatch, "class_weights"), spy(monkeypatch, "verification_loss")
     run(tmp_path / "r", "--max_new_tokens", 14, "--micro_tokens", 64, "--prompts", 16, "--c_ref",
@@ -158,8 +191,23 @@ def test_class_weights_count_finished_solutions_of_the_whole_batch(tmp_path, mon
     (r, finished, balance), w = weight[0]
     assert len(r) == 64 and balance and 0 < finished.sum() < 64 and len(loss) > 5
     assert all(a[4] == finished.sum() for a, _ in loss)
-    assert (w[~finished] == 0).all() and \
+    assert (w[~finished] == 0).all() and len(set(w.tolist())) == 3 and \
         torch.cat([a[2] for a, _ in loss]).sum().item() == pytest.approx(w.sum().item())
+
+
+def test_without_balance_the_classes_weigh_alike(tmp_path, monkeypatch):
+    weight = spy(monkeypatch, "class_weights")
+    run(tmp_path / "r", "--balance", "false", steps=1)
+    (_, finished, _), w = weight[0]
+    assert torch.equal(w, finished.float())
+
+
+def test_score_statistics_leave_truncated_rows_out():
+    batch = [common.Sample((1,), [2], "", x, logps=[-1.0]) for x in (True, True, False)]
+    seen = [(i, [0.0, -1.5, 0.0], 0.0, score) for i, score in enumerate((.8, .2, .9))]
+    got = laser.row_statistics(batch, [1.0, 0.0, 0.0], seen, laser.Config())
+    assert got == pytest.approx({"policy/mismatch": .5, "verify/score_correct": .8,
+                                 "verify/score_wrong": .2, "verify/f1": 1.0})
 
 
 def test_exact_reference_is_the_initial_policy(tmp_path, monkeypatch):
@@ -191,10 +239,13 @@ def test_z_c_is_never_sampled(tiny, policy, tmp_path):
         for temperature in (0, 1.0):
             found = common.sample(policy, tok, prompts, 8, 20, temperature, read=z)
             assert any(z in s.tokens for s in found) != banned
-    assert all(s.read[0] < 0 for s in found if s.finished), "read from the logits as they are"
+    assert all(s.read[0] > -50 for s in found if s.finished), "read from the logits as they are"
     run(tmp_path / "r", steps=1)
     saved = json.loads((tmp_path / "r" / "model" / "generation_config.json").read_text())
     assert saved["suppress_tokens"] == [tok.pad_token_id]
+    run(tmp_path / "bce", "--verify_loss", "bce", steps=0)
+    saved = json.loads((tmp_path / "bce" / "model" / "generation_config.json").read_text())
+    assert saved["suppress_tokens"] == [tok.pad_token_id, tok.convert_tokens_to_ids("~")]
     again = common.load_model(str(tmp_path / "r" / "model"), SimpleNamespace(device="cpu"))[0]
     assert again.generation_config.suppress_tokens is None, "another script samples everything"
 
@@ -218,17 +269,25 @@ def test_a_given_c_ref_is_not_measured(tmp_path, capsys):
 
 def test_the_smallest_beta_v_is_named_and_works(tmp_path, refused, capsys):
     for beta_v in (.01, .07):
-        error = refused(laser.main, *SMALL, "--steps", 0, "--beta_v", beta_v, "--out", tmp_path)
+        error = refused(laser.main, *SMALL, "--beta_v", beta_v, "--out", tmp_path / "r")
         assert "must exceed 0.0" in error and "log Z" in error
     works = re.search(r"--beta_v (0\.\d+),", error)[1]
-    run(tmp_path, "--beta_v", works, steps=0)
+    run(tmp_path / "r", "--beta_v", works, steps=0)
+    run(tmp_path / "bce", "--beta_v", .01, "--verify_loss", "bce", steps=0)  # has no beta_v
+    error = refused(laser.main, *SMALL, "--c_ref", -25, "--beta_v", .04, "--out", tmp_path / "q")
+    assert "--beta_v 0.0401," in error, "more than 1/25"
+    run(tmp_path / "q", "--c_ref", -25, "--beta_v", .0401, steps=0)
     error = refused(laser.main, *SMALL, "--token", "=", "--beta_v", .1, "--out", tmp_path / "s")
     assert "--token =" in error and "token that is used less" in error
 
 
 @pytest.mark.parametrize("argv,says", [
-    (["--token", "<|nope|>"], "not in the vocabulary"), (["--token", "<|end|>"], "ends a response"),
-    (["--verify_loss", "bce", "--wrong_token", "<|pad|>"], "z_i"), (["--c_ref", 3], "negative"),
+    (["--token", "<|nope|>"], "no such token"), (["--token", "<|end|>"], "ends a response"),
+    (["--token", "<|user|>"], "is in the prompts"), (["--c_ref", -3], "no --beta_v works"),
+    (["--verify_loss", "bce", "--wrong_token", "<|pad|>"], "already"), (["--c_ref", 3], "negative"),
+    (["--verify_loss", "bce", "--wrong_token", "<|user|>"], "--wrong_token <|user|>: is in the"),
+    (["--verify_loss", "bce", "--read", "before_eos"], "use --read after_eos"),
+    (["--beta_v", "inf"], "--beta_v"), (["--alpha", "inf"], "--alpha"),
     (["--eval_samples", 0], "--eval_samples"), (["--group", 1], "at least 2"),
     (["--alpha", -1], "--alpha"), (["--tau", 2], "--tau"), (["--beta_v", 0], "--beta_v"),
     (["--std_threshold", -1], "--std_threshold"), (["--max_new_tokens", 2], "raise it"),
@@ -276,36 +335,72 @@ def qwen_folder(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("layout", ["tiny", "pad", "pad_is_eos"])
-def test_mixing_reads_z_c_of_the_old_policy(tmp_path, monkeypatch, qwen_folder, layout):
-    """Defects A and C, in the loop: brute force on every row by itself."""
+@pytest.mark.parametrize("layout,read", [
+    ("tiny", "after_eos"), ("tiny", "before_eos"), ("pad", "after_eos"),
+    ("pad_is_eos", "after_eos")])
+def test_every_score_reads_z_c_at_the_end(tmp_path, monkeypatch, qwen_folder, layout, read):
+    """Defects A and C, in the loop: the scores in the advantage, in the MSE and at test time, by
+    brute force on every row by itself, with the initial weights."""
     mixed, loss = spy(monkeypatch, "mixed_advantages"), spy(monkeypatch, "verification_loss")
-    sampled = spy(monkeypatch, "sample")
+    sampled, judged = spy(monkeypatch, "sample"), spy(monkeypatch, "self_verification")
     folder = "tiny" if layout == "tiny" else qwen_folder(layout == "pad_is_eos")
     flags = [] if layout == "tiny" else ["--model", folder, "--dataset", write(
         tmp_path / "a.jsonl", GSM), "--max_new_tokens", 60]
     run(tmp_path / "r", "--reasoning_warmup_steps", 0, "--self_rewarding_warmup_steps", 0,
-        "--micro_tokens", 10**6, "--beta_v", .3, *flags, steps=1)
+        "--micro_tokens", 10**6, "--beta_v", .3, "--read", read, *flags, steps=1)
     model, tok = common.load_model(folder, SimpleNamespace(device="cpu"))
     config = json.loads((tmp_path / "r" / "config.json").read_text())["config"]
     z = tok.convert_tokens_to_ids(config["token"])
-    (A, score, finished, tau, threshold), _ = mixed[0]
-    for i, s in enumerate(sampled[-1][1]):
+
+    def brute_force(s):
         with torch.no_grad():
-            logits = model(torch.tensor([[*s.prompt, *s.tokens]])).logits[0, -1].double()
-        expected = .3 * (torch.log_softmax(logits, -1)[z] - config["c_ref"])
-        assert score.flatten()[i].item() == pytest.approx(expected.item(), abs=1e-4)
-        assert finished.flatten()[i] == s.finished
+            logits = model(torch.tensor([[*s.prompt, *s.tokens]])).logits[0]
+        logits = logits[-1 if read == "after_eos" else -2].double()
+        return (.3 * (torch.log_softmax(logits, -1)[z] - config["c_ref"])).item()
+
+    (A, score, finished, tau, threshold), _ = mixed[0]
+    batch = sampled[-1][1]
+    expected = [brute_force(s) for s in batch]
+    assert score.flatten().tolist() == pytest.approx(expected, abs=1e-4)
+    assert finished.flatten().tolist() == [s.finished for s in batch]
     assert score.shape == (8, 4) and not score.requires_grad and (tau, threshold) == (.1, .01)
     # one update: the scores with gradient are the same numbers
     (logp_z, _, weight, c, n, _), _ = loss[0]
-    again = verification_score_of(logp_z, config)
-    assert logp_z.requires_grad and n == finished.sum() > 0 and len(again) == n
-    assert again == pytest.approx(sorted(score[finished].tolist()), abs=1e-4)
+    assert logp_z.requires_grad and n == finished.sum() > 0
+    again = (.3 * (logp_z[:, 0] - config["c_ref"])).tolist()
+    assert sorted(again) == pytest.approx(sorted(
+        e for e, s in zip(expected, batch) if s.finished), abs=1e-4)
+    (drawn, _, score, levels, k), _ = judged[0]
+    assert score.tolist() == pytest.approx(
+        [brute_force(s) if s.finished else 0.0 for s in drawn], abs=1e-4)
+    if layout == "tiny":  # a problem of level n tells of n changes
+        assert levels == [str(tok.decode(s.prompt).count(",")) for s in drawn] and k == 2
 
 
-def verification_score_of(logp_z, config):
-    return sorted((.3 * (logp_z[:, 0] - config["c_ref"])).tolist())
+def test_truncated_solutions_at_test_time(tmp_path, monkeypatch):
+    judged = spy(monkeypatch, "self_verification")
+    run(tmp_path / "r", "--max_new_tokens", 14, "--c_ref", -12, steps=0)
+    (drawn, _, score, *_), result = judged[0]
+    unfinished = [x for x, s in zip(score.tolist(), drawn) if not s.finished]
+    assert 0 < len(unfinished) < len(drawn) and set(unfinished) == {0.0}
+
+
+def test_nothing_finished_is_no_accident(tmp_path):
+    for r in run(tmp_path / "r", "--max_new_tokens", 1, "--c_ref", -12)[2:]:
+        assert r["sample/truncated"] == 1 and r["verify/loss"] == 0
+        assert "verify/f1" not in r and r.get("verify/mixed", 0) == 0
+
+
+def test_several_stop_tokens(tmp_path, qwen_folder, monkeypatch):
+    folder = Path(qwen_folder(False))
+    about = json.loads((folder / "generation_config.json").read_text())
+    tok = AutoTokenizer.from_pretrained(folder)
+    ends = tok.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    (folder / "generation_config.json").write_text(json.dumps({**about, "eos_token_id": ends}))
+    sampled = spy(monkeypatch, "sample")
+    run(tmp_path / "r", "--model", folder, "--dataset", write(tmp_path / "a.jsonl", GSM),
+        "--max_new_tokens", 60, "--beta_v", .3, steps=1)
+    assert {s.tokens[-1] for _, found in sampled for s in found if s.finished} == set(ends)
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
@@ -332,7 +427,7 @@ def test_qwen_layout(tmp_path, qwen_folder, monkeypatch, pad_is_eos, rows):
                 write(tmp_path / "b.jsonl", rows[1:]), "--max_new_tokens", 60, "--beta_v", .3)
     config = json.loads((tmp_path / "r" / "config.json").read_text())["config"]
     assert config["token"] == "<|vision_start|>"
-    assert found[2]["reward/mean"] == .5 and 0 <= found[3]["verify/f1"] <= 1
+    assert found[2]["reward/mean"] == .5 and "verify/f1" in found[3]
     r = torch.cat([a[1] for a, _ in loss])
     assert (r == 1).sum() == 2 * 16, "answers, in LaTeX too, are verified"
 
@@ -340,13 +435,21 @@ def test_qwen_layout(tmp_path, qwen_folder, monkeypatch, pad_is_eos, rows):
 def test_llama_3_layout_and_a_tokenizer_without_spare_tokens(tmp_path, llama_folder, refused):  # noqa: F811
     tok = word_tokenizer()
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    cfg = laser.Config(model="x")
+    cfg = laser.parse(["--model", "Qwen2.5-7B"])
+    assert (cfg.alpha, cfg.tau, cfg.beta_v, cfg.std_threshold) == (.1, .1, .1, .1)
+    assert laser.parse(["--method", "grpo"]).alpha == laser.parse(["--method", "grpo"]).tau == 0
+    cfg.model = "x"
     tok.add_special_tokens({"additional_special_tokens": ["<|reserved_special_token_0|>",
                                                           "<|reserved_special_token_1|>"]})
     cfg.verify_loss = "bce"
+    head = SimpleNamespace(weight=torch.zeros(len(tok), 1))
+    model.get_output_embeddings = lambda: head
     z = laser.verification_tokens(tok, model, [], cfg)
     assert tok.convert_ids_to_tokens(z) == [cfg.token, cfg.wrong_token] == [
         "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+    head.weight = head.weight[:-1]  # a token that was never given an embedding
+    with pytest.raises(SystemExit):
+        laser.verification_tokens(tok, model, [], cfg)
     data = write(tmp_path / "a.jsonl", GSM)
     error = refused(laser.main, *SMALL, "--model", llama_folder(), "--dataset", data, "--out",
                     tmp_path / "r")
@@ -357,7 +460,7 @@ def test_llama_3_layout_and_a_tokenizer_without_spare_tokens(tmp_path, llama_fol
 
 
 def test_resume_is_exact(tmp_path, monkeypatch):
-    flags = ["--save_every", 2, "--eval_every", 0, "--reference", "exact"]
+    flags = ["--save_every", 2, "--reference", "exact"]
     whole = run(tmp_path / "whole", *flags, steps=5)
     run(tmp_path / "r", *flags, steps=2)
     monkeypatch.setattr(laser, "PAIRS", 10**9)  # measuring again would fail
@@ -380,11 +483,12 @@ def test_score_of_a_finished_run(tmp_path, capsys, refused):
     cost = result.pop("cost")
     assert result == pytest.approx(after, abs=1e-6)
     assert 0 < cost["generation_s"] < 9 and 0 < cost["with_score_s"] < 9
-    assert "reading the score: generating 40 solutions takes" in printed and "verify_f1" in printed
+    assert "cost: generating 20 solutions takes" in printed and "verify_f1" in printed
     assert (folder / "score.png").exists()
     laser.main(["--score", str(folder), "--eval_samples", "3", "--eval_size", "4"])
     assert "weighted_maj@3" in json.loads((folder / "score.json").read_text())
     assert "--lr" in refused(laser.main, "--score", folder, "--lr", 1)
+    assert "one of the two" in refused(laser.main, "--score", folder, "--resume", folder)
     common.shutil.rmtree(folder / "model")
     assert "no model/" in refused(laser.main, "--score", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -395,7 +499,8 @@ def test_score_of_a_finished_run(tmp_path, capsys, refused):
 @pytest.mark.parametrize("reference", ["constant", "exact"])
 def test_lora_run_resumes_and_scores(tmp_path, qwen_folder, reference):
     flags = ["--model", qwen_folder(False), "--dataset", write(tmp_path / "a.jsonl", GSM),
-             "--max_new_tokens", 60, "--lora", "--beta_v", .3, "--reference", reference]
+             "--max_new_tokens", 60, "--lora", "--beta_v", .3, "--reference", reference,
+             "--eval_every", 2]
     whole = run(tmp_path / "r", *flags, steps=4)
     run(tmp_path / "s", *flags, steps=2)
     laser.main(["--resume", str(tmp_path / "s"), "--steps", "4"])

@@ -88,7 +88,8 @@ def test_smallest_beta_v():
         assert log_z_offset(torch.tensor([c]), works * 1.0001) <= laser.OFFSET
         below = works * .999
         assert log_z_offset(torch.tensor([c]), below) > laser.OFFSET or below < -1 / c
-    assert smallest_beta_v(torch.tensor([-1.0])) == math.inf, "the offset tends to pi_ref(z_c)"
+    assert smallest_beta_v(torch.tensor([-1.0])) == smallest_beta_v(torch.tensor([-3.0])) == \
+        math.inf, "the offset tends to pi_ref(z_c)"
     spread = smallest_beta_v(torch.tensor([-8.0, -38.0]))
     assert spread > smallest_beta_v(torch.tensor([-23.0])), "rare likely tokens count"
 
@@ -238,6 +239,9 @@ def test_bce_by_hand():
     r, one = torch.tensor([1., 0.]), torch.ones(2)
     loss = verification_loss(logp, r, one, C, 2, config(verify_loss="bce"))
     assert loss.item() == pytest.approx(-(math.log(.5) + math.log(.75)) / 2)
+    weight = torch.tensor([1.5, 0])  # the second one is truncated
+    loss = verification_loss(logp, r, weight, C, 1, config(verify_loss="bce"))
+    assert loss.item() == pytest.approx(-1.5 * math.log(.5))
 
 
 # -------------------------------------------------------------------------------- Eq. 4 and Eq. 15
@@ -417,6 +421,11 @@ def test_weighted_vote_by_hand():
     got = self_verification(drawn([7, 5, 5, 5]), [False, True, True, True],
                             torch.tensor([3.0, .6, .6, -.1]), [""] * 4, 4)
     assert got["weighted_maj@4"] == 1 and got["best_of@4"] == 0
+    # a truncated solution has score 0, and is not the best where all others are below
+    samples = drawn([7, 5])
+    samples[0].finished = False
+    got = self_verification(samples, [False, True], torch.tensor([0, -.5]), [""] * 2, 2)
+    assert got["best_of@2"] == 1
 
 
 def test_self_verification_within_levels_and_the_baseline():

@@ -588,6 +588,9 @@ def main(argv=None):
 
     # 0. c_ref of the initial policy; it never moves again
     calibrate(policy, tok, train, z, cfg)
+    if cfg.alpha and not phases(cfg.steps, cfg)[0]:
+        print(f"note: plain GRPO throughout, --steps {cfg.steps} does not exceed "
+              f"--reasoning_warmup_steps {cfg.reasoning_warmup_steps}")
     opt = MasterAdamW(policy, cfg.lr)
 
     def test():
@@ -612,7 +615,7 @@ def main(argv=None):
         A = group_advantages(r.view(-1, cfg.group))                                      # (B, G)
         mixed = torch.zeros(len(A))
         if loss_on or mixing_on:
-            c = reference_logp_z(policy, reference, batch, z, cfg)                     # (N,)
+            c = reference_logp_z(policy, reference, batch, z, cfg)                       # (N,)
         if mixing_on:
             old_score = verification_score(batch_last_token_logps(policy, batch, z, cfg), c, cfg)
             A, mixed = mixed_advantages(A, old_score.view_as(A), finished.view_as(A), cfg.tau,

@@ -33,7 +33,6 @@ ROWS = {
         "laser": [],
         "grpo": ["--method", "grpo"],
         "laser, alpha 0.1": ["--alpha", "0.1"],
-        "laser, tau 0": ["--tau", "0"],
     },
 }
 EQUAL_STEPS = ("laser",)

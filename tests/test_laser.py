@@ -262,8 +262,10 @@ def test_c_ref_is_measured_on_own_finished_solutions(tmp_path, monkeypatch, tiny
 
 
 def test_a_given_c_ref_is_not_measured(tmp_path, capsys):
-    run(tmp_path / "r", "--c_ref", -9, steps=0)
-    assert "calibration" not in capsys.readouterr().out
+    run(tmp_path / "r", "--c_ref", -9, steps=1)
+    printed = capsys.readouterr().out
+    assert "calibration" not in printed
+    assert "note: plain GRPO throughout, --steps 1 does not exceed" in printed
     assert json.loads((tmp_path / "r" / "config.json").read_text())["config"]["c_ref"] == -9
 
 

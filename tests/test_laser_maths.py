@@ -280,6 +280,8 @@ def test_flat_groups_mix_too_and_the_filter_keeps_the_rest():
     assert mixed[0].tolist() == pytest.approx(
         [.0746, .0269, -.0686, .0746, .0507, -.2118, .0746, -.0209], abs=1e-4)
     assert (mixed[1] == 0).all()
+    contrast = group_advantages(R.repeat(2, 1))
+    assert torch.equal(mixed_advantages(contrast, s, finished, .1, .1)[0][1], contrast[1])
     exactly, where = mixed_advantages(A, s, finished, .1, s[1].clamp(0, 1).std().item())
     assert where.tolist() == [True, False], "a std of exactly T is filtered"
     assert mixed_advantages(A, s * 0 + .5, finished, .1, 0.0)[0].isfinite().all()
@@ -435,6 +437,9 @@ def test_self_verification_within_levels_and_the_baseline():
                             torch.tensor([1.] * 4 + [0.] * 4), ["1"] * 4 + ["2"] * 4, 4)
     assert got["auroc"] == .75 and got["auroc/level1"] == got["auroc/level2"] == .5
     assert got["auroc_logp"] == 1 and got["verify_f1"] == .75
+    samples = drawn(range(2), [-.5, -.6])
+    samples[0].logps *= 4  # a longer solution is not a worse one: per token
+    assert self_verification(samples, [True, False], torch.zeros(2), ["", ""], 2)["auroc_logp"] == 1
     one = self_verification(drawn(range(2)), [True, True], torch.tensor([1., 0.]), ["", ""], 2)
     assert set(one) == {"ece", "weighted_maj@2", "best_of@2"}, "no number of a class that is absent"
 

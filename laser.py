@@ -59,7 +59,8 @@ WHAT IS KNOWN OF THE PAPER
     D14 reward: correct AND exactly one final-answer mark [code: one \\boxed{; "####" ours];
         accuracy does not ask for the form [evaluation: code; in training: ours]
     D15 votes: sum per class of equal answers; ties by the larger class, then the first [ours]
-    D16 no weight decay [code: 0.01]
+    D16 of the common flags, lr, temperature, group and max_grad_norm are the code's; it has 128
+        prompts, 8192 new tokens and weight decay 0.01 where we have 16, 1024 and none
 
 SHAPES  B prompts, G solutions each, N = B*G rows, L columns; row i belongs to prompt i // G.
 RUN     python laser.py                               # tiny model, CPU, offline, minutes
@@ -129,8 +130,8 @@ class Config(common.Config):
     token: str = arg("", "z_c; default: an unused special token of the tokenizer [code: "
                          "<|vision_start|> for Qwen, <|reserved_special_token_0|> for Llama-3]")
     wrong_token: str = arg("", "z_i, --verify_loss bce only; default: the id after z_c [code]")
-    c_ref: float | None = arg(None, "mean log pi_ref(z_c|x,y); measured at the start [paper*]; "
-                                    "[code: -23 for Qwen2.5, -25 for OctoThinker]")
+    c_ref: float = arg(0.0, "mean log pi_ref(z_c|x,y), 0 = measured at the start [paper*]; "
+                            "[code: -23 for Qwen2.5, -25 for OctoThinker]")
     reference: Literal["constant", "exact"] = arg(
         "constant", "log pi_ref(z_c|x,y): c_ref, or of each solution by a reference forward")
     balance: bool = arg(True, "re-weight the two classes [Eq. 14, code: true]")
@@ -199,7 +200,7 @@ def parse(argv):
         fail("--beta_v must be positive, --std_threshold not negative (A_s is divided by the std)")
     if cfg.reasoning_warmup_steps < 0 or cfg.self_rewarding_warmup_steps < 0:
         fail("--reasoning_warmup_steps and --self_rewarding_warmup_steps must not be negative")
-    if cfg.c_ref is not None and not -math.inf < cfg.c_ref < 0:
+    if not -math.inf < cfg.c_ref <= 0:
         fail(f"--c_ref {cfg.c_ref}: is a log-probability, so negative")
     if cfg.verify_loss == "bce" and cfg.read == "before_eos":
         fail("--verify_loss bce teaches z_c the whole probability of the position that it is read "
@@ -266,7 +267,7 @@ def calibrate(policy, tok, problems, z, cfg):
 
     Raises the error of D13 where the token and beta_v do not fit; a given --c_ref is checked, too.
     """
-    if cfg.c_ref is None:
+    if not cfg.c_ref:
         generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
         stream, pairs, drawn = problem_stream(problems, 0, cfg.seed), [], 0
         while len(pairs) < PAIRS and drawn < 8 * PAIRS:

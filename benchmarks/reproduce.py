@@ -38,8 +38,8 @@ ROWS = {
 EQUAL_STEPS = ("laser",)
 COLUMNS = {  # of the printed table; the .json has every number
     "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],
-    "laser": ["accuracy", "verify_f1", "auroc", "auroc/level3", "auroc/level4", "auroc_logp", "ece",
-              "maj@8", "weighted_maj@8", "best_of@8"],
+    "laser": ["accuracy", "mean@8", "verify_f1", "auroc", "auroc/level3", "auroc/level4",
+              "auroc_logp", "ece", "maj@8", "weighted_maj@8", "best_of@8"],
 }
 PICTURES = {"gcpo": {"curves.png": ".png"},
             "laser": {"curves.png": ".png", "score.png": "_score.png"}}

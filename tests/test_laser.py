@@ -186,8 +186,9 @@ def test_the_policy_loss_counts_every_token_of_the_batch(tmp_path, monkeypatch):
 
 def test_class_weights_count_finished_solutions_of_the_whole_batch(tmp_path, monkeypatch):
     weight, loss = spy(monkeypatch, "class_weights"), spy(monkeypatch, "verification_loss")
-    run(tmp_path / "r", "--max_new_tokens", 14, "--micro_tokens", 64, "--prompts", 16, "--c_ref",
-        -12, "--reasoning_warmup_steps", 0, "--temperature", 1.3, steps=1)
+    rows = run(tmp_path / "r", "--max_new_tokens", 14, "--micro_tokens", 64, "--prompts", 16,
+               "--c_ref", -12, "--reasoning_warmup_steps", 0, "--temperature", 1.3, steps=1)
+    assert rows[1]["policy/mismatch"] < 1e-4, "trained at the temperature of sampling"
     (r, finished, balance), w = weight[0]
     assert len(r) == 64 and balance and 0 < finished.sum() < 64 and len(loss) > 5
     assert all(a[4] == finished.sum() for a, _ in loss)
@@ -279,6 +280,8 @@ def test_the_smallest_beta_v_is_named_and_works(tmp_path, refused, capsys):
     error = refused(laser.main, *SMALL, "--c_ref", -25, "--beta_v", .04, "--out", tmp_path / "q")
     assert "--beta_v 0.0401," in error, "more than 1/25"
     run(tmp_path / "q", "--c_ref", -25, "--beta_v", .0401, steps=0)
+    error = refused(laser.main, *SMALL, "--c_ref", -6, "--beta_v", .17, "--out", tmp_path / "t")
+    assert "log Z is 0.1" in error, "above 1/6, and still too small"
     error = refused(laser.main, *SMALL, "--token", "=", "--beta_v", .1, "--out", tmp_path / "s")
     assert "--token =" in error and "token that is used less" in error
 

@@ -270,6 +270,7 @@ def test_mixed_advantages_by_hand():
 
 
 def test_flat_groups_mix_too_and_the_filter_keeps_the_rest():
+    assert (group_advantages(torch.full((2, 7), .1)) == 0).all()
     A = group_advantages(torch.ones(2, 8))
     assert (A == 0).all()
     s = torch.cat([scores(-13, -14, -16, -12.5, -13.5, -19, -13, -15),

@@ -487,7 +487,8 @@ def test_score_of_a_finished_run(tmp_path, capsys, refused):
     result = json.loads((folder / "score.json").read_text())
     cost = result.pop("cost")
     assert result == pytest.approx(after, abs=1e-6)
-    assert 0 < cost["generation_s"] < 9 and 0 < cost["with_score_s"] < 9
+    assert cost["solutions"] == 20 < cost["tokens"] and cost.keys() == {
+        "solutions", "tokens", "generation_s", "with_score_s"}
     assert "cost: generating 20 solutions takes" in printed and "verify_f1" in printed
     assert (folder / "score.png").exists()
     laser.main(["--score", str(folder), "--eval_samples", "3", "--eval_size", "4"])

@@ -242,6 +242,7 @@ def verification_tokens(tok, model, problems, cfg):
     perhaps = f"an unused one, such as {', '.join(free[:8])}" if free else "an unused one"
 
     def token_id(flag, name):
+        """The id of a token that is fit for it; or an error that names others."""
         if name not in vocab or vocab[name] >= rows:
             fail(f"{flag} {name}: {cfg.model} has no such token; give {perhaps}")
         if vocab[name] in taken:

@@ -307,13 +307,13 @@ def test_golden_answers_from_a_model(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr(gcpo, "load_model",
                         lambda *a, **k: calls.append(a[0]) or common.load_model(*a))
     gcpo.main(["--resume", str(tmp_path / "r")])
-    assert calls == ["tiny"], "the golden answers were generated again"
+    assert calls == [], "the golden answers were generated again"
     # killed while they were written: the same command goes on where it was
     (tmp_path / "s").mkdir()
     cut = "".join(json.dumps(x) + "\n" for x in lines[:5]) + '{"question": "half a l'
     (tmp_path / "s" / "golden.jsonl").write_text(cut)
     assert run(tmp_path / "s", "--golden", tiny_folder, "--prompts", 8) == rows
-    assert calls == ["tiny", "tiny", tiny_folder]
+    assert calls == [tiny_folder]
     assert [json.loads(line) for line in open(tmp_path / "s" / "golden.jsonl")][5:] == lines
 
 

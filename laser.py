@@ -157,6 +157,7 @@ TOKENS = ("<|vision_start|>", "<|reserved_special_token_0|>")  # z_c: Qwen's, Ll
 CLIP, DUAL_CLIP = 0.2, 3.0  # [verl's defaults, which the code keeps]
 TINY_ALPHA = 1.0  # of laser: the tiny model has few steps to learn to verify
 PAIRS = 256   # own solutions that c_ref is measured on [ours; 2nd: 300]
+TIMING = 10  # seconds that --score spends on measuring its cost, at least two rounds
 OFFSET = 0.05  # largest beta_v log Z: a tenth of the way from a target to the threshold [ours]
 
 METRICS = {
@@ -553,7 +554,7 @@ def score_run(cfg):
           f"{cfg.c_ref:.3f}")
     result = evaluate(policy, reference, tok, held_out, z, cfg, cfg.score)
     prompts, seconds, started = [p.prompt for p in held_out[:256]], {}, time.perf_counter()
-    while len(seconds) < 4 or time.perf_counter() - started < 10:
+    while len(seconds) < 4 or time.perf_counter() - started < TIMING:
         for token in (None, z[0]):  # in turns; greedy, so that both do the same work
             start = time.perf_counter()
             found = sample(policy, tok, prompts, 1, cfg.max_new_tokens, 0, read=token)

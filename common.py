@@ -1051,11 +1051,18 @@ def sample_solutions(model, tok, problems, cfg, correct, read=None):
 def at_k(samples, right, k):
     """mean@k, pass@k and maj@k of B*k samples."""
     rows = [right[i:i + k] for i in range(0, len(right), k)]
-    votes = [majority([extract_answer(s.text) for s in samples[i:i + k]])
-             for i in range(0, len(samples), k)]
     return {f"mean@{k}": sum(right) / len(right),
             f"pass@{k}": sum(map(any, rows)) / len(rows),
-            f"maj@{k}": sum(row[v] for row, v in zip(rows, votes)) / len(rows)}
+            f"maj@{k}": vote(samples, right, k)}
+
+
+def vote(samples, right, k, weights=None):
+    """The share of problems whose `majority` of k samples is correct; weights: of the samples."""
+    won = []
+    for part in (slice(i, i + k) for i in range(0, len(samples), k)):
+        answers = [extract_answer(s.text) for s in samples[part]]
+        won.append(right[part][majority(answers, weights and weights[part])])
+    return sum(won) / len(won)
 
 
 def majority(answers, weights=None):
@@ -1252,7 +1259,8 @@ class Run:
             f.writelines(json.dumps({"step": step, **row}) + "\n" for row in samples)
         if last or (cfg.save_every and step % cfg.save_every == 0):
             self.save(model, opt, state)
-            self.draw_curves()
+            if not last:  # `finish` draws the last one
+                self.draw_curves()
 
     def draw_curves(self):
         """curves.png: a panel per entry of `curves`, thin lines as logged, thick ones smoothed."""
@@ -1293,8 +1301,7 @@ class Run:
         after = state["after"] if state.get("evaluated") == state["step"] else evaluate()
         save_folder(self.folder / "model",
                     lambda to: (model.save_pretrained(to), tok.save_pretrained(to)))
-        if not (self.folder / "curves.png").exists():
-            self.draw_curves()
+        self.draw_curves()
         summary = {"script": self.script, "method": self.cfg.method, "model": self.cfg.model,
                    "seed": self.cfg.seed, "steps": state["step"], "seconds": self.seconds(),
                    "before": before, "after": after}

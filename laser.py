@@ -96,7 +96,6 @@ from common import (
     greedy_accuracy,
     hidden_states,
     load_model,
-    majority,
     micro_batches,
     parse_config,
     problem_stream,
@@ -111,6 +110,7 @@ from common import (
     set_up,
     stop_ids,
     update,
+    vote,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -485,12 +485,11 @@ def self_verification(drawn, right, score, levels, k):
             if 0 < label[here].sum() < here.sum():
                 result[f"auroc/level{level}"] = auroc(score[here], label[here])
                 result[f"auroc_logp/level{level}"] = auroc(logp[here], label[here])
-    parts = [slice(i, i + k) for i in range(0, len(drawn), k)]
-    votes = [majority([extract_answer(s.text) for s in drawn[p]], weight[p]) for p in parts]
+    chosen = best.view(-1, k).argmax(1, keepdim=True)
     return result | {
         "ece": ece(score, label),
-        f"weighted_maj@{k}": statistics.fmean(right[p][v] for p, v in zip(parts, votes)),
-        f"best_of@{k}": statistics.fmean(right[p][int(best[p].argmax())] for p in parts)}
+        f"weighted_maj@{k}": vote(drawn, right, k, weight),
+        f"best_of@{k}": label.view(-1, k).gather(1, chosen).double().mean().item()}
 
 
 def draw_scores(path, score, right):
@@ -511,10 +510,10 @@ def draw_scores(path, score, right):
         if not rows.any():
             continue
         histogram.hist(score[rows].clamp(-0.5, 1.5).tolist(), edges, alpha=0.6, density=True,
-                    label=f"{name} ({int(rows.sum())})")
+                       label=f"{name} ({int(rows.sum())})")
     histogram.axvline(0.5, color="0.3", lw=1, ls="--")
     histogram.set(title="score by class, each of area 1", xlabel="score (ends: and beyond)",
-               xticks=[-0.5, 0, 0.5, 1, 1.5])
+                  xticks=[-0.5, 0, 0.5, 1, 1.5])
     histogram.legend(fontsize=8)
     for ax in (curve, histogram):
         ax.grid(alpha=0.3)
@@ -553,13 +552,14 @@ def score_run(cfg):
           f"held-out problems of {cfg.eval_dataset or cfg.dataset}, token {cfg.token}, c_ref "
           f"{cfg.c_ref:.3f}")
     result = evaluate(policy, reference, tok, held_out, z, cfg, cfg.score)
-    prompts, seconds, started = [p.prompt for p in held_out[:256]], {}, time.perf_counter()
-    while len(seconds) < 4 or time.perf_counter() - started < TIMING:
-        for token in (None, z[0]):  # in turns; greedy, so that both do the same work
+    prompts, seconds = [p.prompt for p in held_out[:256]], {None: [], z[0]: []}
+    started = time.perf_counter()
+    while len(seconds[None]) < 2 or time.perf_counter() - started < TIMING:
+        for token in seconds:  # in turns; greedy, so that both do the same work
             start = time.perf_counter()
             found = sample(policy, tok, prompts, 1, cfg.max_new_tokens, 0, read=token)
-            seconds[token, start] = time.perf_counter() - start
-    plain, read = (min(s for (t, _), s in seconds.items() if t == token) for token in (None, z[0]))
+            seconds[token].append(time.perf_counter() - start)
+    plain, read = map(min, seconds.values())
     tokens = sum(len(s.tokens) for s in found)
     print(f"\n{'held-out':<18}{'value':>8}")
     for name, value in result.items():
@@ -620,7 +620,6 @@ def main(argv=None):
 
         # 3-4. advantages; mixed with those of the old policy's scores after both warm-ups
         A = group_advantages(r.view(-1, cfg.group))                                      # (B, G)
-        mixed = torch.zeros(len(A))
         if loss_on or mixing_on:
             c = reference_logp_z(policy, reference, batch, z, cfg)                       # (N,)
         if mixing_on:

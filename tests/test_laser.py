@@ -175,18 +175,15 @@ def test_training_does_not_depend_on_micro_tokens(tmp_path):
 # ------------------------------------------------------- what the loop hands to the equations
 
 
-def test_the_policy_loss_counts_every_token_of_the_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kl_beta", [0, .1])
+def test_the_policy_loss_counts_every_token_of_the_batch(tmp_path, monkeypatch, kl_beta):
     """Rows without advantage need no forward, but count; with a KL term they are trained on."""
-    for kl_beta in (0, .1):
-        calls, sampled = spy(monkeypatch, "policy_loss"), spy(monkeypatch, "sample")
-        run(tmp_path / str(kl_beta), "--kl_beta", kl_beta, "--group", 2, steps=1)
-        batch = sampled[-1][1]
-        assert {a[6] for a, _ in calls} == {sum(len(s.tokens) for s in batch)}
-        rows = sum(len(a[3]) for a, _ in calls)
-        assert rows == len(batch) if kl_beta else 0 < rows < len(batch)
-        monkeypatch.undo()
-        monkeypatch.setattr(laser, "correct", lambda text, problem: text[-1:] in tuple("02468"))
-        monkeypatch.setattr(laser, "PAIRS", 24)
+    calls, sampled = spy(monkeypatch, "policy_loss"), spy(monkeypatch, "sample")
+    run(tmp_path / "r", "--kl_beta", kl_beta, "--group", 2, steps=1)
+    batch = sampled[-1][1]
+    assert {a[6] for a, _ in calls} == {sum(len(s.tokens) for s in batch)}
+    rows = sum(len(a[3]) for a, _ in calls)
+    assert rows == len(batch) if kl_beta else 0 < rows < len(batch)
 
 
 def test_class_weights_count_finished_solutions_of_the_whole_batch(tmp_path, monkeypatch):

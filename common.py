@@ -102,9 +102,11 @@ class Parser(HfArgumentParser):
         fail(f"{message} (see --help)")
 
 
-def parse_config(cls, script, doc, tiny, argv=None):
-    """The command line -> a `cls`: explicit flags > `tiny` (tiny model only) > dataclass defaults.
+def parse_config(cls, script, doc, tiny, methods, argv=None):
+    """The command line -> a `cls`: explicit flags > `tiny` (tiny model only) > dataclass defaults;
+    what is still None is filled from methods[cfg.method].
 
+    A dict in `tiny` is named after a method or a switch, and holds only where that is chosen.
     With --resume DIR the config is DIR/config.json; a flag that contradicts it is an error, except
     --steps, so that a finished run can be trained longer. A script's --score DIR evaluates a
     finished run: only flags of the evaluation may be given with it.
@@ -118,6 +120,8 @@ def parse_config(cls, script, doc, tiny, argv=None):
             if action.default != "" and f"--{action.dest}" in action.option_strings:
                 default = "by --method" if action.default is None else action.default
                 own = f", tiny model: {tiny[action.dest]}" if action.dest in tiny else ""
+                own += "".join(f", with {k}: {v[action.dest]}" for k, v in tiny.items()
+                               if isinstance(v, dict) and action.dest in v)
                 action.help += f" (default: {default}{own})"
             if action.type is string_to_bool:
                 action.nargs, action.const = "?", True
@@ -142,10 +146,20 @@ def parse_config(cls, script, doc, tiny, argv=None):
         cfg = cls(**{**known, **typed, "out": typed["score"]})
     else:
         is_tiny = typed.get("model", "tiny") == "tiny"
-        cfg = cls(**{**(tiny if is_tiny else {}), **typed})
+        chosen = {typed.get("method", cls.method), *(k for k, v in typed.items() if v is True)}
+        own = {}
+        for name, value in tiny.items():
+            if not isinstance(value, dict):
+                own[name] = value
+            elif name in chosen:
+                own |= value
+        cfg = cls(**{**(own if is_tiny else {}), **typed})
         name = re.sub(r"[^\w.-]+", "_", Path(cfg.model).name) or "model"
         cfg.dataset = cfg.dataset or ("tiny" if is_tiny else "gsm8k")
         cfg.out = cfg.out or f"runs/{script}-{name}-{cfg.method}-s{cfg.seed}"
+    for name, value in methods[cfg.method].items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() and cfg.model != "tiny" else "cpu"
     device = re.fullmatch(r"cpu|cuda(?::(\d+))?", cfg.device)
@@ -279,14 +293,17 @@ def load_model(name, cfg, lora=False, flag="--model"):
         if not torch.allclose(direct, model(probe).logits, rtol=1e-2, atol=1e-2):
             fail(f"{flag} {name}: {model.config.model_type} changes its logits after the LM head "
                  "(soft-capping or scaling), which these scripts do not support")
-    if lora:
-        from peft import LoraConfig, get_peft_model
+    return add_adapters(model) if lora else model, tok
 
-        model.activation_checkpointing_enable()
-        # Rank and alpha [ours]: common values; every linear layer except the LM head.
-        model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))
-        model.train()  # activation checkpointing acts in training mode only
-    return model, tok
+
+def add_adapters(model):
+    """Fresh LoRA adapters, which change nothing yet, and activation checkpointing."""
+    from peft import LoraConfig, get_peft_model
+
+    model.activation_checkpointing_enable()
+    # Rank and alpha [ours]: common values; every linear layer except the LM head.
+    model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))
+    return model.train()  # activation checkpointing acts in training mode only
 
 
 def causal_lm(model):
@@ -328,13 +345,16 @@ class MasterAdamW(torch.optim.AdamW):
     train nothing, and sums of micro-batch gradients in bfloat16 would depend on their number.]
     """
 
-    def __init__(self, model, lr):
-        weights = [p for _, p in trained(model)]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in weights]
-        self.pairs = [(p, m) for p, m in zip(weights, self.masters) if p is not m]
+    def __init__(self, *models, lr):
+        weights = [[p for _, p in trained(m)] for m in models]  # a parameter group per model
+        groups = [[p if p.dtype == torch.float32 else p.detach().float() for p in group]
+                  for group in weights]
+        self.masters = sum(groups, [])
+        self.pairs = [(p, m) for p, m in zip(sum(weights, []), self.masters) if p is not m]
         for p, m in self.pairs:
             p.register_post_accumulate_grad_hook(lambda p, m=m: self.collect(p, m))
-        super().__init__(self.masters, lr=lr, weight_decay=0.0)  # no decay [ours]
+        groups = [{"params": g} for g in groups]
+        super().__init__(groups, lr=lr, weight_decay=0.0)  # no decay [ours]
 
     @staticmethod
     def collect(p, m):
@@ -349,15 +369,17 @@ class MasterAdamW(torch.optim.AdamW):
             p.copy_(m)
 
 
-def update(opt, cfg, step, loss):
+def update(opt, cfg, step, loss, rates=None):
     """One clipped optimizer step. Returns the gradient norm before clipping. A loss or gradient
-    that is not finite ends the run before it can touch the weights."""
+    that is not finite ends the run before it can touch the weights. `rates`: the learning rate of
+    each parameter group; default cfg.lr after its linear warm-up."""
     norm = torch.nn.utils.clip_grad_norm_(opt.masters, cfg.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; no weight was touched by "
              "them, and the last checkpoint is kept")
-    for group in opt.param_groups:
-        group["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+    rates = rates or [cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))]
+    for group, rate in zip(opt.param_groups, rates):
+        group["lr"] = rate
     opt.step()
     return norm
 
@@ -520,10 +542,15 @@ def instruction_for(problems, name, tok):
     return HUB_DATA[name][-1] if name in HUB_DATA else BOXED if boxed else HASHES
 
 
-def encode_prompts(problems, model, tok, instruction, max_new_tokens, what):
-    """Renders every question into `problem.prompt` and drops those too long for the context."""
+def encode_prompts(problems, model, tok, instruction, max_new_tokens, what, plain=None):
+    """Renders every question into `problem.prompt` and drops those too long for the context.
+    `plain`: a prompt with a {question} in it, taken as it is instead of the chat template."""
     context = getattr(causal_lm(model).config, "max_position_embeddings", math.inf)
-    ids = encode_questions(tok, [f"{p.question}\n{instruction}".strip() for p in problems])
+    if plain:
+        ids = tok([plain.replace("{question}", p.question) for p in problems],
+                  add_special_tokens=False).input_ids
+    else:
+        ids = encode_questions(tok, [f"{p.question}\n{instruction}".strip() for p in problems])
     for p, prompt in zip(problems, ids):
         p.prompt = tuple(prompt)
     kept = [p for p in problems if len(p.prompt) + max_new_tokens <= context]
@@ -536,16 +563,18 @@ def encode_prompts(problems, model, tok, instruction, max_new_tokens, what):
     return kept
 
 
-def set_up(cfg, path=None):
-    """Seeds, loads, renders: -> policy (from `path`, or cfg.model), tokenizer, training problems,
-    held-out problems, and the instruction that follows their questions."""
+def set_up(cfg, path=None, plain=None):
+    """Seeds, loads, renders: -> policy (from the folder `path`, or cfg.model), tokenizer, training
+    problems, held-out problems, and the instruction that follows their questions. `plain`: the
+    paper's own prompt, see `encode_prompts`; the tiny model knows its template only."""
     seed_everything(cfg)
     train, held_out = load_problems(cfg)
-    policy, tok = load_model(path or cfg.model, cfg, cfg.lora and not path,
-                             "--score" if path else "--model")
+    policy, tok = load_model(str(path or cfg.model), cfg, cfg.lora)
     instruction = instruction_for(train, cfg.dataset, tok)
-    train = encode_prompts(train, policy, tok, instruction, cfg.max_new_tokens, "training")
-    held_out = encode_prompts(held_out, policy, tok, instruction, cfg.max_new_tokens, "evaluation")
+    plain = None if tok.chat_template == TINY_TEMPLATE else plain
+    train, held_out = (
+        encode_prompts(problems, policy, tok, instruction, cfg.max_new_tokens, what, plain)
+        for problems, what in ((train, "training"), (held_out, "evaluation")))
     return policy, tok, train, held_out, instruction
 
 
@@ -962,7 +991,7 @@ def extract_answer(text):
             end += 1
         if depth == 0:
             found.append((m.start(), text[m.end():end - 1]))
-    for m in re.finditer(r"(?:\banswer is:?|\banswer:)\s*(?!\\boxed|####)([^\n]+)", text, re.I):
+    for m in re.finditer(r"(?:\banswer is:?|\banswer:)\s*(?!\\boxed|####)(?=([^\n]+))", text, re.I):
         found.append((m.start(), re.split(r"\.(?:\s|$)", m[1])[0]))
     answer = max(found)[1].strip().strip("<>*").strip() if found else ""
     return answer or None
@@ -1219,13 +1248,17 @@ class Run:
         print(f"resuming {self.folder} {where}")
         return state
 
-    def start(self, model, opt, evaluate):
-        """The state to go on from: the checkpoint's, or a new one with its `before` evaluation.
-        The folder counts as a run from here on, when all input has proved good."""
+    def open(self):
+        """Writes config.json: the folder counts as a run from here on, when all input has proved
+        good."""
         config = self.folder / "config.json"
         about = json.loads(config.read_text()) if self.cfg.resume else self.describe()
         about["config"]["steps"] = self.cfg.steps  # the one flag that --resume may change
         config.write_text(json.dumps(about, indent=2))
+
+    def start(self, model, opt, evaluate):
+        """The state to go on from: the checkpoint's, or a new one with its `before` evaluation."""
+        self.open()
         state = self.restore(model, opt)
         if state is None:
             state = {"step": 0, "position": 0, "tokens": 0, "before": evaluate()}

@@ -167,10 +167,7 @@ CURVES = {
 
 
 def parse(argv):
-    cfg = parse_config(Config, "gcpo", __doc__, TINY, argv)
-    for name, value in METHODS[cfg.method].items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
+    cfg = parse_config(Config, "gcpo", __doc__, TINY, METHODS, argv)
     if cfg.overlong_cache is None:
         cfg.overlong_cache = cfg.max_new_tokens // 5
     if cfg.group < 2:
@@ -408,7 +405,7 @@ def main(argv=None):
     policy, tok, train, held_out, instruction = set_up(cfg)
     golden = golden_answers(train, tok, cfg, run, instruction)
     reference = frozen_reference(policy) if cfg.kl_beta else None
-    opt = MasterAdamW(policy, cfg.lr)
+    opt = MasterAdamW(policy, lr=cfg.lr)
 
     def test():
         return evaluate(policy, tok, held_out, cfg, correct)

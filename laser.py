@@ -75,7 +75,7 @@ import math
 import re
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -152,10 +152,10 @@ METHODS = {"laser": dict(alpha=0.1, tau=0.1),   # [code]
 # The tiny model's own values, used where no flag was given.
 TINY = dict(steps=300, prompts=32, group=8, max_new_tokens=64, lr=1e-4, eval_size=0,
             eval_every=100, save_every=50, reasoning_warmup_steps=20,
-            self_rewarding_warmup_steps=60, token="<|pad|>", wrong_token="~")
+            self_rewarding_warmup_steps=60, token="<|pad|>", wrong_token="~",
+            laser=dict(alpha=1.0))  # it has few steps to learn to verify
 TOKENS = ("<|vision_start|>", "<|reserved_special_token_0|>")  # z_c: Qwen's, Llama-3's [code]
 CLIP, DUAL_CLIP = 0.2, 3.0  # [verl's defaults, which the code keeps]
-TINY_ALPHA = 1.0  # of laser: the tiny model has few steps to learn to verify
 PAIRS = 256   # own solutions that c_ref is measured on [ours; 2nd: 300]
 TIMING = 10  # seconds that --score spends on measuring its cost, at least two rounds
 OFFSET = 0.05  # largest beta_v log Z: a tenth of the way from a target to the threshold [ours]
@@ -185,12 +185,7 @@ CURVES = {
 
 
 def parse(argv):
-    cfg = parse_config(Config, "laser", __doc__, TINY, argv)
-    if cfg.alpha is None and cfg.method == "laser" and cfg.model == "tiny":
-        cfg.alpha = TINY_ALPHA
-    for name, value in METHODS[cfg.method].items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
+    cfg = parse_config(Config, "laser", __doc__, TINY, METHODS, argv)
     if cfg.group < 2:
         fail(f"--group {cfg.group}: an advantage compares solutions, so a group needs at least 2")
     if cfg.eval_samples < 1:
@@ -544,7 +539,7 @@ def score_run(cfg):
     """--score: the evaluation of a finished run, and what reading the score costs."""
     if not (Path(cfg.score) / "model").is_dir():
         fail(f"--score {cfg.score}: no model/ in it; finish the run with --resume {cfg.score}")
-    policy, tok, train, held_out, _ = set_up(cfg, f"{cfg.score}/model")
+    policy, tok, train, held_out, _ = set_up(replace(cfg, lora=False), f"{cfg.score}/model")
     reference = load_model(cfg.model, cfg)[0] if cfg.reference == "exact" else None
     z = verification_tokens(tok, policy, train + held_out, cfg)
     causal_lm(policy).generation_config.suppress_tokens = z
@@ -598,7 +593,7 @@ def main(argv=None):
     if cfg.alpha and not phases(cfg.steps, cfg)[0]:
         print(f"note: plain GRPO throughout, --steps {cfg.steps} does not exceed "
               f"--reasoning_warmup_steps {cfg.reasoning_warmup_steps}")
-    opt = MasterAdamW(policy, cfg.lr)
+    opt = MasterAdamW(policy, lr=cfg.lr)
 
     def test():
         return evaluate(policy, reference, tok, held_out, z, cfg, run.folder)

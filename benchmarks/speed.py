@@ -141,7 +141,7 @@ def step(n_prompts):
     problems = list(islice(stream, (DROPPED + ROUNDS) * n_prompts))
     rows = [{"prompt": tok.decode(p.prompt), "number": i} for i, p in enumerate(problems)]
     assert all(tok(r["prompt"]).input_ids == [*p.prompt] for r, p in zip(rows, problems))
-    opt = common.MasterAdamW(policy, cfg.lr)
+    opt = common.MasterAdamW(policy, lr=cfg.lr)
     rounds, now = {"ours": [], "ours, flat rows skipped": [], "trl": []}, {}
 
     def reward(completions, completion_ids, number, **_):

@@ -312,7 +312,7 @@ def test_lora_reference_is_the_untrained_model(llama_folder):
     assert common.causal_lm(model).is_activation_checkpointing and model.training
     ids, mask = common.collate(common.as_samples(tok, [(5, 6)], ["####"]), "cpu")
     before = common.response_logps(model, ids, mask, 1.0)[0].detach()
-    opt = common.MasterAdamW(model, 1e-2)
+    opt = common.MasterAdamW(model, lr=1e-2)
     cfg = SimpleNamespace(max_grad_norm=1.0, lr=1e-2, warmup_steps=0)
     for step in (1, 2):  # B starts at zero, so A moves from the second step on
         loss = -common.response_logps(model, ids, mask, 1.0)[0].sum()
@@ -339,7 +339,7 @@ def test_frozen_reference_does_not_follow_the_policy(policy):
 def test_bfloat16_weights_learn_at_small_rates():
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
-    start, opt = model.weight.detach().clone(), common.MasterAdamW(model, 1e-5)
+    start, opt = model.weight.detach().clone(), common.MasterAdamW(model, lr=1e-5)
     plain = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     plain_opt = torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0)
@@ -355,7 +355,7 @@ def test_bfloat16_weights_learn_at_small_rates():
 
 def test_update_warms_up_clips_and_refuses_nan(capsys):
     w = torch.nn.Linear(1, 1, bias=False)
-    opt = common.MasterAdamW(w, 1.0)
+    opt = common.MasterAdamW(w, lr=1.0)
     cfg = SimpleNamespace(max_grad_norm=1.0, lr=.8, warmup_steps=4)
     for step, lr in ((1, .2), (2, .4), (4, .8), (9, .8)):
         w.weight.grad = torch.full((1, 1), 7.0)
@@ -581,7 +581,7 @@ def test_hub_ids_configs_and_test_splits(monkeypatch):
 def test_bfloat16_gradients_are_summed_in_float32():
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
-    opt, x = common.MasterAdamW(model, 1e-3), torch.randn(300, 4, dtype=torch.bfloat16)
+    opt, x = common.MasterAdamW(model, lr=1e-3), torch.randn(300, 4, dtype=torch.bfloat16)
     for row in x:
         model(row).sum().backward()
     assert model.weight.grad is None

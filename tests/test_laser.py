@@ -74,7 +74,7 @@ def test_run_folder(tmp_path, capsys):
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
     config = json.loads((folder / "config.json").read_text())["config"]
     assert config["token"] == "<|pad|>" and config["c_ref"] < -10
-    assert (config["alpha"], config["tau"]) == (laser.TINY_ALPHA, .1)
+    assert (config["alpha"], config["tau"]) == (laser.TINY["laser"]["alpha"], .1)
     summary = json.loads((folder / "summary.json").read_text())
     for when in ("before", "after"):
         assert {"accuracy", "accuracy/level1", "verify_f1", "auroc", "auroc_logp", "ece", "mean@2",

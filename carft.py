@@ -1,0 +1,776 @@
+"""CARFT: contrastive learning with annotated chains of thought (EMNLP 2025, arXiv:2508.15868).
+
+THE IDEA
+    ReFT fine-tunes a reasoner in two stages: supervised on annotated chains of thought (CoT), then
+    PPO on the correctness of its own answers, where the annotations no longer play a part. CARFT
+    keeps both stages and lets the annotations back in: a small head beside the critic turns every
+    CoT into one vector, and an InfoNCE loss pulls the vector of a correct sampled CoT to that of
+    the annotated CoT of the same question, away from the CoTs of other questions.
+
+THE LOOP                                               code                       source
+    stage 1: SFT on the annotated CoT, two epochs      warm_up                    [code]
+    stage 2, with the SFT policy as the reference:
+    1. sample a CoT to each of B questions             common.sample              [code]
+    2. old log-probs, values, vectors; the vectors     look, pool                 [code]
+       of the annotated CoT, cached without gradient
+    3. reward 1 / partial / 0                          rewards, partial_rewards   [code: reft, v11]
+    4. - beta (log pi - log pi_ref) per token, GAE,    kl_shaped_rewards, gae,    [code]
+       whitened over the whole batch                   whiten
+    5. twice: L_pg + alpha L_vf + lambda L_cl, AdamW   policy_loss, value_loss,   [code]
+                                                       positive_loss, negative_loss
+
+METHODS  --method   stage 2
+         carft      ReFT with the shared head and lambda > 0
+         reft       PPO alone: a linear critic, lambda = 0
+         sft        goes on with stage 1
+         drgrpo     Dr.GRPO: G samples per question, A = r - mean r, no std, no length, no critic
+
+WHAT IS KNOWN OF THE PAPER
+    Only its abstract could be read. [code] is the official repository, WNQzhu/CARFT at e669155,
+    whose my_cl_trainer_v4 "reproduces the results in the paper" (v11: embedding-enhanced partial
+    reward, v7: negative signal, v9: both); [ReFT] lqtrung1998/mwp_ReFT, [DrGRPO] sail-sg's
+    understand-r1-zero. None of what follows is the paper's own wording. Decided here:
+
+    D1  L_cl is the masked InfoNCE that the code's formula means. The released code (1) multiplies
+        losses (B,) by a mask (B, 1), so that it sums over all rows if any is correct, and (2)
+        gathers the negatives without gradient. --code_parity has both
+    D2  negatives are all other rows of the rollout batch; the code has those of a micro-batch on
+        all GPUs, 32. The loss couples all rows, so their vectors are taken first, the gradient
+        with respect to them next, and then each micro-batch gets its share: --micro_tokens does
+        not change the gradient [ours]. With --code_parity the sum has B terms, the code's 4
+    D3  lambda: the code sweeps {0, .001, .01, .1, 1}; .1 is its config's, .001 its launcher's
+        default; which one the paper has is unknown. The tiny model has .01
+    D4  vectors pool over token positions, EOS included; PPO acts on the states one before them
+    D5  empty token sets (no common token, no token of its own) take no part; the code pools all
+        positions, pads included
+    D6  negative signal: the longest common subsequence of the two CoT. With --code_parity of the
+        whole sequences, prompt included, as released
+    D7  a critic that starts at zero, a learning rate of its own, ten times the policy's, and five
+        steps in which the heads learn alone [ours; code: none of these]: otherwise a random critic
+        throws the policy back at the start
+    D8  reward as in [ReFT]: a parsed number within .01 is right, a wrong one is worth `partial`;
+        truncated samples are scored on what they contain. "1,080" and "$18" parse here. The
+        embedding-enhanced partial reward is .2 + .1 cos, so a larger constant, too
+    D9  learning rates fall linearly to 0 over --steps, for all methods [code: by the HF default;
+        ReFT and DrGRPO: constant]; stage 1 likewise; gradient norm 1 [ReFT]
+    D10 prompts are the code's plain text, not a chat template, also for instruct models; the tiny
+        model has its own. A CoT's closing "#### n" becomes the code's closing sentence
+    D11 the tiny task's annotators are terse for half of the problems, two operations per step:
+        more than the tiny model can compute. With clean annotations SFT is simply best [ours]
+    D12 one sample per question in carft and reft [code]
+
+SHAPES  B questions, G samples each (1 but for drgrpo), N = B*G rows, L columns, V (n, L) values,
+        e (n, L, 64) embeddings, K token sets per CoT, z (n, 64) vectors. Column t of log-probs,
+        rewards, advantages and state values belongs to token t, an action taken one column before.
+RUN     python carft.py                              # tiny model, CPU, offline, minutes
+        python carft.py --method reft                # a baseline in the same loop
+        python carft.py --hot                        # large steps: is the contrast steadier?
+        python carft.py --model Qwen2.5-1.5B         # one CUDA GPU, GSM8K
+        python carft.py --model Qwen2.5-7B --lora    # LoRA adapters; the heads train in full
+"""
+
+import math
+import random
+import re
+import statistics
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+from common import (
+    MasterAdamW,
+    Run,
+    add_adapters,
+    arg,
+    as_number,
+    as_samples,
+    batch_logps,
+    causal_lm,
+    collate,
+    evaluate,
+    extract_answer,
+    fail,
+    frozen_reference,
+    hidden_states,
+    micro_batches,
+    parse_config,
+    problem_stream,
+    reference_policy,
+    response_logps,
+    response_part,
+    same_answer,
+    sample,
+    sampling_statistics,
+    save_folder,
+    seed_everything,
+    set_up,
+    update,
+)
+
+# ------------------------------------------------------------------------------ 1. configuration
+
+
+@dataclass
+class Config(common.Config):
+    method: Literal["carft", "reft", "sft", "drgrpo"] = arg("carft", "the paper's, or a baseline")
+    # stage 1
+    sft_epochs: int = arg(2, "epochs of SFT on the annotated CoT, 0 = none [code: 2]")
+    sft_lr: float = arg(1e-5, "its learning rate [code: 1e-5]")
+    # stage 2; left out, those with None follow --method
+    ppo_epochs: int | None = arg(None, "optimizer steps per rollout batch [code: 2, DrGRPO: 1]")
+    kl_coef: float = arg(0.05, "beta of the KL in the reward, PPO only [code: 0.05]")
+    gamma: float = arg(1.0, "discount [code: 1.0]")
+    gae_lambda: float = arg(0.95, "of the advantage estimator [code: 0.95]")
+    vf_coef: float = arg(5.0, "alpha, weight of the value loss [code: 5]")
+    head_lr: float | None = arg(None, "learning rate of the critic and the projection [ours: ten "
+                                      "times --lr; code: --lr] (D7)")
+    head_only_steps: int = arg(5, "first steps in which only they learn [ours; code: 0] (D7)")
+    head: Literal["shared", "separate"] | None = arg(
+        None, "critic on the ReLU of the 64-d projection, or linear beside it [code: cl2, cl]")
+    cl_coef: float | None = arg(None, "lambda, weight of the contrastive loss (D3)")
+    signal: Literal["positive", "negative", "both"] = arg(
+        "positive", "contrast of correct CoT, of wrong ones, or half of each [code: v4, v7, v9]")
+    partial_reward: Literal["none", "constant", "embedding"] | None = arg(
+        None, "of a wrong number: 0, 0.1, or 0.2 + 0.1 cos(annotated, sampled) [code: v11]")
+    code_parity: bool = arg(False, "the contrastive loss as released, bugs included (D1)")
+    hot: bool = arg(False, "tiny model: large steps, and no head start for the critic [ours]")
+    # Other values than in the other scripts.
+    steps: int = arg(600, "rollout steps [ours; code: 60 epochs, about 2,900 steps on SVAMP]")
+    prompts: int = arg(64, "B, questions per step [code: 64]")
+    group: int | None = arg(None, "G, samples per question [code: 1, DrGRPO: 8]")
+    lr: float | None = arg(None, "learning rate of the policy [code: RL 3e-7, SFT 1e-5; DrGRPO: "
+                                 "1e-6]")
+    warmup_steps: int = arg(0, "linear warm-up of the learning rates, in steps [code: none]")
+
+
+PPO = dict(ppo_epochs=2, group=1, lr=3e-7, partial_reward="constant")                   # [code]
+METHODS = {"carft": dict(PPO, head="shared", cl_coef=0.1),                              # [code]
+           "reft": dict(PPO, head="separate", cl_coef=0.0),                             # [ReFT]
+           "sft": dict(PPO, head="separate", cl_coef=0.0, lr=1e-5),                     # [code]
+           "drgrpo": dict(head="separate", cl_coef=0.0, ppo_epochs=1, group=8, lr=1e-6,
+                          partial_reward="none")}                                       # [DrGRPO]
+# The tiny model's own values, used where no flag was given.
+TINY = dict(steps=200, max_new_tokens=64, sft_lr=1e-3, lr=2e-4, head_lr=2e-3, kl_coef=0.01,
+            vf_coef=0.1, eval_size=0, eval_every=20, save_every=50,
+            carft=dict(cl_coef=0.01), sft=dict(lr=3e-4), drgrpo=dict(prompts=16, group=4),
+            hot=dict(lr=6e-4, vf_coef=1.0, head_only_steps=0))
+SIZE = 64                  # of a CoT vector [code]
+TEMPERATURE, CEILING = 0.2, 0.9  # tau, and the cosine from which a pair is pulled no more [code]
+CLIP = 0.2                 # of the ratio and of the value [code]
+SFT_BATCH = 64             # annotated CoT per step of stage 1 [code]
+LEVELS, ANNOTATED = "234", 2000  # of the tiny task: 2 to 4 steps, so many annotated CoT [ours]
+VECTORS = 256              # held-out CoT in the evaluation of the vectors [ours]
+PROMPT = "Question:\n{question}\nAnswer reasoning:\n"                                   # [code]
+TRIGGER = "\nTherefore, the answer is: "                                                # [code]
+
+METRICS = {
+    "reward/mean": "mean reward: 1 correct, 0.1 (see --partial_reward) another number, 0 none",
+    **common.SAMPLING_METRICS,
+    "sample/terse": "tiny problems: share of responses with a step of two operations",
+    "policy/loss": "PPO-clip loss, mean of the epochs; about 0 in the first",
+    "policy/clipped": "share of ratios that are clipped, mean of the epochs; 0 in the first",
+    "policy/kl": "mean log pi_old - log pi_ref per response, nats",
+    "value/loss": "clipped value loss before alpha, mean of the epochs",
+    "value/explained": "1 - var(return - value) / var(return) of the old values; 1 is perfect",
+    "cl/loss": "contrastive loss before lambda, mean of the epochs",
+    "cl/cos_correct": "mean cosine of a correct sampled CoT's vector to the annotated one",
+    "cl/cos_wrong": "the same of wrong ones",
+    "cl/cos_other": "the same of CoT of different questions",
+    "sft/loss": "--method sft: cross-entropy per token of the annotated CoT",
+    "optim/grad_norm": "before clipping, the largest of the epochs",
+    "eval/*": "on held-out problems: accuracy, accuracy/level<n>, mean@k, pass@k, maj@k, and as "
+              "above cos_correct, cos_wrong, cos_other",
+}
+CURVES = {
+    "held-out greedy accuracy": ["eval/accuracy", "eval/accuracy/level*"],
+    "in training": ["reward/accuracy", "value/explained", "sample/terse"],
+    "cosine to the annotated CoT": ["cl/cos_*"],
+    "KL to the SFT policy, nats": ["policy/kl"],
+}
+
+
+def parse(argv):
+    cfg = parse_config(Config, "carft", __doc__, TINY, METHODS, argv)
+    cfg.head_lr = 10 * cfg.lr if cfg.head_lr is None else cfg.head_lr
+    if cfg.method != "drgrpo" and cfg.group != 1:
+        fail(f"--group {cfg.group}: {cfg.method} has one sample per question; raise --prompts")
+    if cfg.method == "drgrpo" and cfg.group < 2:
+        fail(f"--group {cfg.group}: an advantage compares samples, so a group needs at least 2")
+    if cfg.method == "carft" and cfg.prompts < 2:
+        fail(f"--prompts {cfg.prompts}: the other questions are the negatives, so at least 2")
+    if cfg.method != "carft":
+        for name in ("cl_coef", "code_parity"):
+            if getattr(cfg, name):
+                fail(f"--{name}: the contrastive loss is of --method carft, not of {cfg.method}")
+        if cfg.partial_reward == "embedding":
+            fail("--partial_reward embedding: the vectors are trained with --method carft only")
+    if cfg.hot and cfg.model != "tiny":
+        fail("--hot is a preset of the tiny model; give --lr, --vf_coef and --head_only_steps")
+    for name in ("kl_coef", "vf_coef", "cl_coef", "head_only_steps", "sft_epochs"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            fail(f"--{name} {getattr(cfg, name)}: must be a number from 0 on")
+    for name in ("head_lr", "sft_lr", "ppo_epochs"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            fail(f"--{name} {getattr(cfg, name)}: must be positive")
+    if not (0 <= cfg.gamma <= 1 and 0 <= cfg.gae_lambda <= 1):
+        fail("--gamma and --gae_lambda must be in [0, 1]")
+    return cfg
+
+
+# ---------------------------------------------------------------------------- 2. task and reward
+
+
+def answer_of(text, problem):
+    """-> is the final answer right, and is it a number at all?  [code: reft.py] (D8)"""
+    given = extract_answer(text)
+    number, truth = as_number(given or ""), as_number(problem.answer)
+    if number is not None and truth is not None:
+        return abs(number - truth) <= Fraction(1, 100), True
+    return same_answer(given, problem.answer), number is not None
+
+
+def correct(text, problem):
+    """Does the final answer of `text` equal the problem's?"""
+    return answer_of(text, problem)[0]
+
+
+def partial_rewards(kind, cos):
+    """What a wrong number is worth: 0, 0.1, or 0.2 + 0.1 cos. cos: (N,) -> (N,)  [code: v11]"""
+    return {"none": 0 * cos, "constant": 0 * cos + 0.1, "embedding": 0.2 + 0.1 * cos}[kind]
+
+
+def rewards(right, number, partial):
+    """r = 1 if right, `partial` if a wrong number, else 0. (N,) each -> (N,)"""
+    return torch.where(right, 1.0, torch.where(number, partial, 0.0))
+
+
+def terse(solution):
+    """A terse annotator's version of a tiny solution: two operations per step.
+
+    `12-5=7 / 7+17=24 / #### 24` -> `12-5+17=24 / #### 24`
+    """
+    *steps, last = solution.split("\n")
+    merged = []
+    for first, *second in (steps[i:i + 2] for i in range(0, len(steps), 2)):
+        more = [re.sub(r"^\d+", "", s) for s in second]
+        merged.append("".join([first.split("=")[0] if more else first, *more]))
+    return "\n".join([*merged, last])
+
+
+def is_terse(text):
+    """Has a tiny response a step of two operations?"""
+    return re.search(r"^\d+[+-]\d+[+-]", text, re.M) is not None
+
+
+def annotated_cot(problem, cfg, tok):
+    """The annotated CoT in the form that SFT teaches, "" if the problem has none (D10, D11)."""
+    if cfg.dataset == "tiny":
+        cot = problem.solution
+        cot = terse(cot) if random.Random(problem.question).random() < 0.5 else cot
+    else:
+        cot = re.sub(r"\s*####[^\n]*\s*$", "", problem.solution)
+    if not cot or tok.chat_template == common.TINY_TEMPLATE and cfg.dataset == "tiny":
+        return cot
+    return cot + TRIGGER + problem.answer
+
+
+def annotate(problems, tok, cfg):
+    """-> [(problem, its annotated CoT as a Sample)] of those that have one that a response may be
+    as long as."""
+    texts = [annotated_cot(p, cfg, tok) for p in problems]
+    have = [i for i, text in enumerate(texts) if text]
+    found = as_samples(tok, [problems[i].prompt for i in have], [texts[i] for i in have])
+    return [(problems[i], s) for i, s in zip(have, found) if len(s.tokens) <= cfg.max_new_tokens]
+
+
+# -------------------------------------------------------------------------- 3. the paper's maths
+
+
+class Heads(torch.nn.Module):
+    """Critic and projection on the policy's last hidden states, in float32.
+
+    e_t = W_p h_t + b_p, the embedding, and the value  w_v . ReLU(e_t) + b_v  (shared)
+    [code: modeling_hidden_head_v2] or  w_v . h_t + b_v  (separate; modeling_hidden_head, TRL).
+    """
+
+    def __init__(self, hidden_size, kind):
+        """The value starts at zero (D7)."""
+        super().__init__()
+        self.shared = kind == "shared"
+        self.projection = torch.nn.Linear(hidden_size, SIZE)
+        self.value = torch.nn.Linear(SIZE if self.shared else hidden_size, 1)
+        torch.nn.init.zeros_(self.value.weight)
+        torch.nn.init.zeros_(self.value.bias)
+
+    def forward(self, hidden):
+        """(n, L, H) -> V (n, L), e (n, L, 64)"""
+        hidden = hidden.float()
+        e = self.projection(hidden)
+        return self.value(e.relu() if self.shared else hidden).squeeze(-1), e
+
+
+def state_values(V, mask):
+    """The value of the state in which token t was chosen is read one column before it: (n, L)
+    values of positions -> of actions, 0 outside the mask (D4)."""
+    return F.pad(V[:, :-1], (1, 0)) * mask
+
+
+def kl_shaped_rewards(r, logp, ref_logp, mask, beta):
+    """rho_t = s_t - beta (log pi_old(a_t) - log pi_ref(a_t)), s_t = r at the last token (EOS, if
+    there is one), else 0: the k1 KL is in the reward. r: (n,), the rest (n, L) -> (n, L)"""
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return (-beta * (logp - ref_logp) * mask).index_put(
+        (torch.arange(len(r), device=r.device), last), r, accumulate=True)
+
+
+def gae(rho, V, mask, gamma, lam):
+    """Generalised advantage estimation, V (n, L) the state values, 0 outside the mask:
+
+        delta_t = rho_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1}
+
+    -> A and the returns A + V, (n, L) each, not whitened
+    """
+    A, following = torch.zeros_like(V), torch.zeros_like(V[:, 0])
+    for t in reversed(range(V.shape[1])):
+        next_V = V[:, t + 1] if t + 1 < V.shape[1] else 0.0
+        following = (rho[:, t] + gamma * next_V - V[:, t] + gamma * lam * following) * mask[:, t]
+        A[:, t] = following
+    return A, (A + V) * mask
+
+
+def whiten(A, mask):
+    """(A - mean) / sqrt(var + 1e-8) over all response tokens of the batch, unbiased. (N, L)"""
+    n = mask.sum()
+    centred = (A - (A * mask).sum() / n) * mask
+    return centred / (centred.square().sum() / (n - 1) + 1e-8).sqrt()
+
+
+def ppo_advantages(r, old_logp, ref_logp, old_V, mask, cfg):
+    """-> whitened advantages, and returns for the critic, which are not. (N, L) each"""
+    rho = kl_shaped_rewards(r, old_logp, ref_logp, mask, cfg.kl_coef)
+    A, R = gae(rho, old_V, mask, cfg.gamma, cfg.gae_lambda)
+    return whiten(A, mask), R
+
+
+def policy_loss(logp, old_logp, A, mask, weight):
+    """sum_i weight_i sum_t max(-A w, -A clip(w, .8, 1.2)),  w = pi(a_t) / pi_old(a_t)
+
+    PPO has weight_i = 1/(N |y_i|), a mean over each response and then over responses; Dr.GRPO
+    1/(N max_new_tokens), the same for all lengths. logp, old_logp, A, mask: (n, L); weight: (n,).
+    -> the loss, and the share of clipped ratios per row (n,)
+    """
+    w = ((logp - old_logp) * mask).exp()
+    plain, clipped = -A * w, -A * w.clamp(1 - CLIP, 1 + CLIP)
+    loss = (torch.maximum(plain, clipped) * mask).sum(1)
+    return (loss * weight).sum(), ((clipped > plain) * mask).sum(1) / mask.sum(1)
+
+
+def value_loss(V, old_V, R, mask, n):
+    """1/2 1/n sum_i 1/|y_i| sum_t max((V - R)^2, (V_clip - R)^2), V_clip within .2 of the old value
+
+    (rows, L) each; n counts the rows of the whole batch."""
+    clipped = old_V + (V - old_V).clamp(-CLIP, CLIP)
+    loss = torch.maximum((V - R).square(), (clipped - R).square()) * mask
+    return 0.5 * (loss.sum(1) / mask.sum(1)).sum() / n
+
+
+def pool(V, e, scope):
+    """The unified CoT vector:  z = sum_{t in S} w_t e_t,  w = softmax of V over the token set S.
+
+    V (n, L), e (n, L, 64), scope (n, K, L) bool, K token sets per row -> (n, K, 64). The weights
+    are not detached: the contrast trains the critic, too. An empty set gives a zero vector (D5).
+    """
+    V = V[:, None].masked_fill(~scope, torch.finfo(V.dtype).min)
+    return (V.softmax(-1) * scope) @ e
+
+
+def cosines(a, b):
+    """cos(a_i, b_j), (n, d), (m, d) -> (n, m); 0 with a zero vector."""
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+
+def masked_mean(loss, mask, parity):
+    """sum m l / (sum m + 1e-8); as released (B,) times (B, 1): the sum of all l if any m (D1)."""
+    if parity:
+        return loss.sum() * mask.any()
+    return (loss * mask).sum() / (mask.sum() + 1e-8)
+
+
+def positive_loss(z_ann, z, right, parity=False):
+    """Masked InfoNCE of the correct CoT, tau = .2; the pull ends at cosine .9:
+
+        l_i = -log  exp(min(cos(z_ann_i, z_i), .9) / tau) / sum_j exp(cos(z_ann_i, z_j) / tau)
+
+    z_ann, z: (N, 64), right: (N,) bool; no gradient into z_ann. As released the z_j have none
+    either, which leaves cosine attraction (D1).
+    """
+    z_ann = z_ann.detach()
+    pull = F.cosine_similarity(z_ann, z, dim=-1).clamp(max=CEILING)
+    others = cosines(z_ann, z.detach() if parity else z) / TEMPERATURE
+    return masked_mean(others.logsumexp(1) - pull / TEMPERATURE, right, parity)
+
+
+def negative_loss(z_a, z_c, z_d, anchor, own, parity=False):
+    """The negative signal, for wrong CoT: what they share with the annotated CoT (z_c) is pulled
+    to what that has in addition (z_a), and away from what they have of their own (z_d):
+
+        l_i = -log  exp(min(cos(z_a_i, z_c_i), .9) / tau)
+                    / [sum_k exp(cos(z_c_i, z_c_k) / tau) + sum_k exp(cos(z_c_i, z_d_k) / tau)]
+
+    z_*: (N, 64); anchor: (N,) bool, rows with a loss; own: (N, 2) bool, which rows have a z_c and
+    a z_d at all (D5). No gradient into z_a, as released into z_d neither. The pair in the numerator
+    is not in the denominator, the term k = i is [code: v7].
+    """
+    z_a = z_a.detach()
+    pull = F.cosine_similarity(z_a, z_c, dim=-1).clamp(max=CEILING)
+    common_part, own_part = cosines(z_c, z_c), cosines(z_c, z_d.detach() if parity else z_d)
+    others = torch.cat([common_part.masked_fill(~own[:, 0], -math.inf),
+                        own_part.masked_fill(~own[:, 1], -math.inf)], 1) / TEMPERATURE
+    loss = torch.where(anchor, others.logsumexp(1) - pull / TEMPERATURE, 0.0)
+    return masked_mean(loss, anchor, parity)
+
+
+def common_subsequence(a, b):
+    """A longest common subsequence of two lists -> its indices in a and in b, two lists of equal
+    length; ties go left, as in the code's backtracking."""
+    length = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a, 1):
+        above, here = length[i - 1], length[i]
+        for j, y in enumerate(b, 1):
+            here[j] = above[j - 1] + 1 if x == y else max(above[j], here[j - 1])
+    i, j, found = len(a), len(b), []
+    while i and j:
+        if a[i - 1] == b[j - 1]:
+            i, j = i - 1, j - 1
+            found.append((i, j))
+        elif length[i - 1][j] > length[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return [i for i, _ in reversed(found)], [j for _, j in reversed(found)]
+
+
+def columns(s):
+    """The columns of a sample's response, as a list."""
+    return list(range(len(s.prompt), len(s.prompt) + len(s.tokens)))
+
+
+def token_sets(sampled, annotated, cfg):
+    """The columns that each vector pools, of the sampled and of the annotated CoT, K lists each:
+    all tokens of the CoT; for the negative signal also the common ones and the sampled CoT's own,
+    and the annotated CoT's own (D6)."""
+    cot, cot_ann = columns(sampled), columns(annotated)
+    if cfg.signal == "positive":
+        return [cot], [cot_ann]
+    start = 0 if cfg.code_parity else cot[0]
+    in_ann, in_cot = common_subsequence(*([*s.prompt, *s.tokens][start:]
+                                          for s in (annotated, sampled)))
+    in_ann, in_cot = ({start + i for i in x} for x in (in_ann, in_cot))
+    return ([cot, sorted(in_cot), [t for t in cot if t not in in_cot]],
+            [cot_ann, [t for t in cot_ann if t not in in_ann]])
+
+
+def contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg):
+    """L_cl of the whole batch. Z: (N, K, 64), Z_ann: (N, K', 64), the vectors of `sets` and
+    `sets_ann`; right: (N,) bool -> a scalar"""
+    signals = []
+    if cfg.signal in ("positive", "both"):
+        signals.append(positive_loss(Z_ann[:, 0], Z[:, 0], right, cfg.code_parity))
+    if cfg.signal in ("negative", "both"):
+        own = torch.tensor([[bool(common), bool(own)] for _, common, own in sets])
+        extra = torch.tensor([bool(own) for _, own in sets_ann])
+        own, extra = own.to(Z.device), extra.to(Z.device)
+        signals.append(negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right & own[:, 0] & extra,
+                                     own, cfg.code_parity))
+    return sum(signals) / len(signals)
+
+
+def contrastive_gradient(Z, *rest):
+    """-> L_cl, a float, and its gradient dL_cl/dZ (N, K, 64), of which each micro-batch passes its
+    rows on: sum(z * dL_cl/dz) has the gradient of L_cl (D2)."""
+    Z = Z.detach().requires_grad_()
+    loss = contrastive_loss(Z, *rest)
+    return loss.item(), torch.autograd.grad(loss, Z)[0]
+
+
+def group_advantages(r):
+    """Dr.GRPO: A_i = r_i - mean r inside each group, not divided by the std. (B, G) -> (B, G)"""
+    return r - r.mean(1, keepdim=True)
+
+
+# --------------------------------------------------------------------------------- 4. evaluation
+
+
+def cosine_statistics(z_ann, z, right):
+    """Mean cosine of the vectors of sampled CoT to annotated ones: of the same question, correct or
+    wrong, and of different questions. (n, 64), (n, 64), (n,) bool -> a dict; nothing of nothing"""
+    cos = cosines(z_ann, z)
+    same = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    parts = {"cos_correct": cos[same][right], "cos_wrong": cos[same][~right],
+             "cos_other": cos[~same]}
+    return {name: part.mean().item() for name, part in parts.items() if len(part)}
+
+
+def evaluate_vectors(policy, heads, tok, pairs, cfg, folder):
+    """`cosine_statistics` of a sampled CoT to each of `pairs`; draws folder/vectors.png."""
+    generator = torch.Generator(cfg.device).manual_seed(1234)
+    drawn = sample(policy, tok, [p.prompt for p, _ in pairs], 1, cfg.max_new_tokens,
+                   cfg.temperature, generator)
+    right = torch.tensor([correct(s.text, p) for s, (p, _) in zip(drawn, pairs)])
+    z, z_ann = (look(policy, heads, samples, [[columns(s)] for s in samples], cfg)[2][:, 0]
+                for samples in (drawn, [s for _, s in pairs]))
+    cos = cosines(z_ann, z).cpu()
+    same = torch.eye(len(z), dtype=torch.bool)
+    draw_vectors(f"{folder}/vectors.png", {"correct": cos[same][right], "wrong": cos[same][~right],
+                                           "other questions": cos[~same]})
+    return cosine_statistics(z_ann.cpu(), z.cpu(), right)
+
+
+def draw_vectors(path, cosine):
+    """The picture: histograms of the cosine between annotated and sampled CoT, by kind of pair."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(5.6, 3.6))
+    edges = torch.linspace(-1, 1, 51).tolist()
+    for name, values in cosine.items():
+        if len(values):
+            ax.hist(values.tolist(), edges, alpha=0.6, density=True,
+                    label=f"{name}: mean {values.mean():.2f} ({len(values)})")
+    ax.set(title="annotated and sampled CoT, each kind of area 1", xlabel="cosine of the vectors")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------- 5. the loop
+
+
+def scope_mask(sets, length, device):
+    """n times K lists of columns -> (n, K, length) bool"""
+    mask = torch.zeros(len(sets), len(sets[0]), length, dtype=torch.bool)
+    for i, row in enumerate(sets):
+        for k, columns in enumerate(row):
+            mask[i, k, columns] = True
+    return mask.to(device)
+
+
+@torch.no_grad()
+def look(policy, heads, samples, sets, cfg, logps=True):
+    """What the current policy and heads make of N samples, without gradient.
+
+    -> log-probs (N, L), zero unless asked for; state values (N, L); vectors (N, K, 64)
+    """
+    length = max(len(s.prompt) + len(s.tokens) for s in samples)
+    logp, V = torch.zeros(2, len(samples), length, device=cfg.device)
+    Z = torch.zeros(len(samples), len(sets[0]), SIZE, device=cfg.device)
+    for rows in micro_batches(samples, cfg.micro_tokens):
+        ids, mask = collate([samples[i] for i in rows], cfg.device)
+        n = ids.shape[1]
+        hidden = hidden_states(policy, ids)
+        if logps:
+            logp[rows, :n] = response_logps(policy, ids, mask, cfg.temperature, hidden=hidden)[0]
+        v, e = heads(hidden)
+        V[rows, :n] = state_values(v, mask)
+        Z[rows] = pool(v, e, scope_mask([sets[i] for i in rows], n, cfg.device))
+    return logp, V, Z
+
+
+def sft_step(policy, samples, opt, cfg, step, rates):
+    """One optimizer step on the cross-entropy of annotated CoT, a mean over all their tokens.
+    -> loss, gradient norm"""
+    n_tok, total = sum(len(s.tokens) for s in samples), 0.0
+    for rows in micro_batches(samples, cfg.micro_tokens):
+        ids, mask = collate([samples[i] for i in rows], cfg.device)
+        loss = -response_logps(policy, ids, mask, 1.0)[0].sum() / n_tok
+        loss.backward()
+        total += loss.item()
+    return total, update(opt, cfg, step, total, rates)
+
+
+def warm_up(policy, tok, train, cfg, folder):
+    """Stage 1: SFT on the annotated CoT. Leaves the SFT policy in `folder`, LoRA adapters merged,
+    and -> that policy, with fresh adapters under --lora: switched off they give the reference."""
+    steps = max(1, cfg.sft_epochs * len(train) // SFT_BATCH)
+    opt, losses = MasterAdamW(policy, lr=cfg.sft_lr), []
+    stream = problem_stream(train, 0, f"sft{cfg.seed}")
+    for step in tqdm(range(1, steps + 1), desc="stage 1, SFT", disable=None):
+        samples = [s for _, s in islice(stream, SFT_BATCH)]
+        rate = cfg.sft_lr * (1 - (step - 1) / steps)
+        losses.append(sft_step(policy, samples, opt, cfg, step, [rate])[0])
+    print(f"stage 1: SFT on {len(train)} annotated CoT, {steps} steps, loss {losses[0]:.3f} -> "
+          f"{losses[-1]:.3f}; kept in {folder}/")
+    if cfg.lora:
+        policy = policy.merge_and_unload()
+    save_folder(folder, lambda to: (policy.save_pretrained(to), tok.save_pretrained(to)))
+    seed_everything(cfg)
+    return add_adapters(policy) if cfg.lora else policy
+
+
+def learning_rates(step, cfg):
+    """[of the policy, of the heads]: linear to 0; at first the heads learn alone (D7, D9)."""
+    scale = (1 - (step - 1) / cfg.steps) * min(1.0, step / max(1, cfg.warmup_steps))
+    alone = cfg.method in ("carft", "reft") and step <= cfg.head_only_steps
+    return [0.0 if alone else scale * cfg.lr, scale * cfg.head_lr]
+
+
+def main(argv=None):
+    cfg = parse(argv)
+    run = Run(cfg, "carft", METRICS, CURVES)
+    sft = run.folder / "sft"
+    policy, tok, problems, held_out, _ = set_up(cfg, sft if sft.is_dir() else None, PROMPT)
+    if cfg.dataset == "tiny":
+        problems, held_out = ([p for p in x if p.level in LEVELS] for x in (problems, held_out))
+        problems = problems[:ANNOTATED]
+    train = annotate(problems, tok, cfg)
+    if len(train) < cfg.prompts:
+        fail(f"--dataset {cfg.dataset}: {len(train)} of {len(problems)} problems have an annotated "
+             f"CoT (a solution) of at most --max_new_tokens {cfg.max_new_tokens} tokens, and every "
+             f"step needs --prompts {cfg.prompts}")
+    run.open()
+
+    # stage 1
+    if cfg.sft_epochs and not sft.is_dir():
+        policy = warm_up(policy, tok, train, cfg, sft)
+
+    # stage 2
+    ppo, contrast = cfg.method in ("carft", "reft"), cfg.cl_coef > 0
+    heads = Heads(causal_lm(policy).config.hidden_size, cfg.head).to(cfg.device)
+    seed_everything(cfg)  # whatever was drawn so far, all methods sample alike from here on
+    trained = torch.nn.ModuleList([policy, heads])
+    reference = frozen_reference(policy) if ppo else None
+    opt = MasterAdamW(policy, heads, lr=cfg.lr)
+    pairs = annotate(held_out, tok, cfg)[:VECTORS] if contrast else []
+
+    def test():
+        vectors = evaluate_vectors(policy, heads, tok, pairs, cfg, run.folder) if pairs else {}
+        return evaluate(policy, tok, held_out, cfg, correct) | vectors
+
+    state = run.start(trained, opt, test)
+    for step in run.steps(state):
+        rates = learning_rates(step, cfg)
+        stream = problem_stream(train, state["position"], cfg.seed)
+        problems, annotated = zip(*islice(stream, cfg.prompts))
+        state["position"] += cfg.prompts
+        if cfg.method == "sft":
+            loss, norm = sft_step(policy, annotated, opt, cfg, step, rates)
+            run.end_step(state, {"sft/loss": loss, "optim/grad_norm": norm}, [], trained, opt, test)
+            continue
+
+        # 1. sample
+        batch = sample(policy, tok, [p.prompt for p in problems], cfg.group, cfg.max_new_tokens,
+                       cfg.temperature)                                              # N Samples
+        n, mask = len(batch), collate(batch, cfg.device)[1]                          # (N, L)
+        right, number = torch.tensor([answer_of(s.text, problems[i // cfg.group])
+                                      for i, s in enumerate(batch)], device=cfg.device).T  # (N,)
+
+        # 2. log-probs, values and vectors of the old policy; annotated vectors for all epochs
+        sets, sets_ann = zip(*(token_sets(s, annotated[i // cfg.group], cfg)
+                               for i, s in enumerate(batch)))
+        Z_ann = None
+        if ppo or cfg.ppo_epochs > 1:
+            old_logp, old_V, old_Z = look(policy, heads, batch, sets, cfg)           # (N, L) (N, L)
+        if contrast or cfg.partial_reward == "embedding":
+            Z_ann = look(policy, heads, annotated, sets_ann, cfg, logps=False)[2]    # (N, K', 64)
+
+        # 3. reward
+        cos = (torch.zeros(n, device=cfg.device) if Z_ann is None else
+               F.cosine_similarity(Z_ann[:, 0], old_Z[:, 0]))
+        r = rewards(right, number, partial_rewards(cfg.partial_reward, cos))         # (N,)
+
+        # 4. advantages of tokens, and the weights of rows in the loss
+        if ppo:
+            with reference_policy(policy, reference) as ref:
+                ref_logp = batch_logps(ref, batch, cfg)                              # (N, L)
+            A, R = ppo_advantages(r, old_logp, ref_logp, old_V, mask, cfg)           # (N, L) each
+            weight = 1 / (n * mask.sum(1))                                           # (N,)
+        else:
+            A = group_advantages(r.view(-1, cfg.group)).view(-1, 1) * mask           # (N, L)
+            weight = torch.full((n,), 1 / (n * cfg.max_new_tokens), device=cfg.device)
+
+        # 5. one optimizer step per epoch; a row without advantage (drgrpo) needs no forward
+        losses, norms, seen = [], [], []
+        active = [i for i in range(n) if ppo or A[i].any()]
+        for epoch in range(cfg.ppo_epochs):
+            L_pg, L_vf, L_cl = 0.0, 0.0, 0.0
+            if contrast:
+                Z = look(policy, heads, batch, sets, cfg, logps=False)[2] if epoch else old_Z
+                L_cl, dZ = contrastive_gradient(Z, Z_ann, sets, sets_ann, right, cfg)
+            for micro in micro_batches([batch[i] for i in active], cfg.micro_tokens):
+                rows = [active[j] for j in micro]
+                ids, m = collate([batch[i] for i in rows], cfg.device)               # (rows, w)
+                w = ids.shape[1]
+                hidden = hidden_states(policy, ids)                                  # (rows, w, H)
+                logp, _ = response_logps(policy, ids, m, cfg.temperature, hidden=hidden)
+                old = old_logp[rows, :w] if epoch else logp.detach()  # at first the ratio is 1
+                loss, cut = policy_loss(logp, old, A[rows, :w], m, weight[rows])
+                L_pg += loss.item()
+                if ppo:
+                    V, e = heads(hidden)
+                    vf = value_loss(state_values(V, m), old_V[rows, :w], R[rows, :w], m, n)
+                    L_vf += vf.item()
+                    loss = loss + cfg.vf_coef * vf
+                if contrast:
+                    z = pool(V, e, scope_mask([sets[i] for i in rows], w, cfg.device))
+                    loss = loss + cfg.cl_coef * (z * dZ[rows]).sum()
+                loss.backward()
+                seen += zip([epoch] * len(rows), rows, logp.tolist(), cut.tolist())
+            norms.append(update(opt, cfg, step, L_pg + L_vf + L_cl, rates))
+            losses.append((L_pg, L_vf, L_cl))
+
+        state["tokens"] += sum(len(s.tokens) for s in batch)
+        values = {"reward/mean": r.mean().item(), "optim/grad_norm": max(norms)}
+        values |= step_statistics(batch, right, seen, losses, cfg, state["tokens"])
+        if ppo:
+            values |= critic_statistics(old_logp, ref_logp, old_V, R, mask)
+        if contrast:
+            cosine = cosine_statistics(Z_ann[:, 0], old_Z[:, 0], right)
+            values |= {f"cl/{name}": value for name, value in cosine.items()}
+        examples = [{"prompt": problems[i // cfg.group].question, "response": batch[i].text,
+                     "reward": r[i].item(), "annotated": annotated[i // cfg.group].text}
+                    for i in range(0, n, cfg.group)][:4]
+        run.end_step(state, values, examples, trained, opt, test)
+    run.finish(state, policy, tok, test)
+
+
+def step_statistics(batch, right, seen, losses, cfg, tokens):
+    """What a step's METRICS say about the sampled CoT and the training on them.
+
+    `seen` holds per trained row and epoch: epoch, index, log-probs (L), share of clipped ratios;
+    `losses` per epoch L_pg, L_vf, L_cl.
+    """
+    values = sampling_statistics(batch, right.tolist(), cfg.group, tokens)
+    if seen:
+        values["policy/mismatch"] = max(abs(a - b) for epoch, i, logp, _ in seen if epoch == 0
+                                        for a, b in zip(response_part(batch[i], logp),
+                                                        batch[i].logps))
+        values["policy/clipped"] = statistics.fmean(cut for _, _, _, cut in seen)
+    if cfg.dataset == "tiny":
+        values["sample/terse"] = statistics.fmean(is_terse(s.text) for s in batch)
+    on = (True, cfg.method in ("carft", "reft"), cfg.cl_coef > 0)
+    for name, x, loss in zip(("policy/loss", "value/loss", "cl/loss"), on, zip(*losses)):
+        if x:
+            values[name] = statistics.fmean(loss)
+    return values
+
+
+def critic_statistics(old_logp, ref_logp, V, R, mask):
+    """The KL to the reference, and how good the critic is: 1 - var(R - V) / var(R) over tokens."""
+    kl = ((old_logp - ref_logp) * mask).sum(1).mean().item()
+    R, V = R[mask > 0], V[mask > 0]
+    return {"policy/kl": kl, "value/explained":
+            1 - ((R - V).var() / R.var().clamp(min=1e-8)).item()}
+
+
+if __name__ == "__main__":
+    main()

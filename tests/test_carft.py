@@ -1,0 +1,469 @@
+"""carft.py end to end, in-process on small checkpoints: both stages, resumes, refuses."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_common import GSM, llama_folder, word_tokenizer, write  # noqa: F401 (a fixture)
+from transformers import AutoModelForCausalLM
+
+import carft
+import common
+
+SMALL = "--prompts 8 --max_new_tokens 48 --eval_size 20 --save_every 0 --eval_every 0 " \
+        "--head_only_steps 1 --sft_epochs 1".split()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The briefly warmed-up model is hardly ever right, so a CoT counts as correct here if it ends
+    in an even digit: about half of them do. Every CoT counts as a number."""
+    monkeypatch.setattr(carft, "answer_of", lambda text, problem: (text[-1:] in tuple("02468"),
+                                                                   True))
+
+
+def run(out, *argv, steps=3):
+    carft.main([*SMALL, "--steps", str(steps), "--out", str(out), *map(str, argv)])
+    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+
+
+def weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def spy(monkeypatch, name):
+    """Records the arguments of every call of carft.<name>, and what it returned."""
+    real, calls = getattr(carft, name), []
+
+    def recorded(*a, **k):
+        found = real(*a, **k)
+        calls.append((a, found))
+        return found
+
+    monkeypatch.setattr(carft, name, recorded)
+    return calls
+
+
+# --------------------------------------------------------------------------------- the run folder
+
+
+def test_run_folder(tmp_path, capsys):
+    folder = tmp_path / "r"
+    rows = run(folder)
+    printed = capsys.readouterr().out
+    assert "stage 1: SFT on 180 annotated CoT, 2 steps, loss" in printed
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert (config["head"], config["cl_coef"], config["group"]) == ("shared", .01, 1)
+    summary = json.loads((folder / "summary.json").read_text())
+    for when in ("before", "after"):
+        assert {"accuracy", "accuracy/level2", "accuracy/level4", "cos_other"} <= set(summary[when])
+        assert "accuracy/level1" not in summary[when]
+    samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
+    assert {"step", "prompt", "response", "reward", "annotated"} == set(samples[0])
+    assert all("####" in s["annotated"] for s in samples)
+    assert any(carft.is_terse(s["annotated"]) for s in samples)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "samples.jsonl", "sft",
+        "summary.json", "vectors.png"]
+    assert (folder / "vectors.png").stat().st_size > 10_000
+    assert not torch.equal(weights(folder / "sft"), weights(folder / "model"))
+    assert rows[1]["policy/kl"] == 0 and rows[3]["policy/kl"] != 0
+
+
+def test_every_declared_metric_is_logged(tmp_path):
+    names = {k for r in run(tmp_path / "r", "--eval_samples", 2) for k in r}
+    names |= {k for r in run(tmp_path / "s", "--method", "sft", steps=1) for k in r}
+    for declared in carft.METRICS:
+        assert any(common.fnmatch(n, declared) for n in names), f"{declared} is never logged"
+    told = carft.METRICS["eval/*"].replace("<n>", "2").replace("@k", "@2")
+    for name in names:
+        if name.startswith("eval/"):
+            assert name.removeprefix("eval/").split("/level")[0] in told
+
+
+@pytest.mark.parametrize("argv, logged", [
+    (["--method", "reft"], {"value/loss", "policy/kl"}),
+    (["--method", "drgrpo", "--group", 4], {"policy/loss"}),
+    (["--method", "drgrpo", "--group", 4, "--ppo_epochs", 2], {"policy/loss"}),
+    (["--method", "sft"], {"sft/loss"}),
+    (["--signal", "negative"], {"cl/loss"}), (["--signal", "both"], {"cl/loss"}),
+    (["--partial_reward", "none"], {"cl/loss"}), (["--partial_reward", "embedding"], {"cl/loss"}),
+    (["--head", "separate"], {"cl/loss"}), (["--code_parity"], {"cl/loss"}),
+    (["--code_parity", "--signal", "both"], {"cl/loss"}),
+    (["--kl_coef", 0], {"cl/loss"}), (["--hot"], {"cl/loss"}),
+    (["--cl_coef", 0, "--partial_reward", "embedding"], {"value/loss"})])
+def test_methods_and_switches_run(tmp_path, argv, logged):
+    rows = run(tmp_path / "r", *argv)
+    for r in rows[1:]:
+        assert r["optim/grad_norm"] > 0 and r.get("policy/mismatch", 0) < 1e-4
+        assert logged <= set(r)
+        assert ("cl/loss" in r) == ("cl/loss" in logged)
+        assert ("value/loss" in r) == bool({"cl/loss", "value/loss", "policy/kl"} & logged)
+
+
+def test_hot_is_the_preset(tmp_path):
+    cfg = carft.parse(["--hot"])
+    assert (cfg.lr, cfg.vf_coef, cfg.head_only_steps, cfg.cl_coef) == (6e-4, 1., 0, .01)
+    cfg = carft.parse(["--hot", "--lr", "1e-3", "--method", "reft"])
+    assert (cfg.lr, cfg.vf_coef, cfg.cl_coef, cfg.head) == (1e-3, 1., 0, "separate")
+    assert carft.parse([]).lr == carft.TINY["lr"]
+
+
+def test_defaults_are_the_papers(tmp_path, tiny_folder):
+    cfg = carft.parse(["--model", tiny_folder])
+    assert (cfg.lr, cfg.head_lr, cfg.sft_lr, cfg.kl_coef, cfg.vf_coef, cfg.cl_coef, cfg.gamma,
+            cfg.gae_lambda, cfg.ppo_epochs, cfg.prompts, cfg.group, cfg.sft_epochs) == (
+        3e-7, pytest.approx(3e-6), 1e-5, .05, 5., .1, 1., .95, 2, 64, 1, 2)
+    cfg = carft.parse(["--model", tiny_folder, "--method", "drgrpo"])
+    assert (cfg.group, cfg.ppo_epochs, cfg.lr, cfg.partial_reward) == (8, 1, 1e-6, "none")
+    assert carft.parse(["--model", tiny_folder, "--lr", "1e-5"]).head_lr == pytest.approx(1e-4)
+
+
+# -------------------------------------------------------------------------------------- stage 1
+
+
+def test_sft_is_cross_entropy_on_the_annotated_cot(policy, tiny):
+    tok = tiny[1]
+    cfg = SimpleNamespace(device="cpu", micro_tokens=100, max_grad_norm=1e9, warmup_steps=0, lr=0.)
+    texts = ["1+2=3\n#### 3", "12-5+17=24\n24-4=20\n#### 20", "1+1=2\n#### 2"]
+    prompts = common.encode_questions(tok, ["How?", "How many pens are there?", "Why"])
+    samples = common.as_samples(tok, prompts, texts)
+    total, n = 0, 0
+    for prompt, s in zip(prompts, samples):
+        logits = policy(torch.tensor([[*prompt, *s.tokens]])).logits[0, len(prompt) - 1:-1]
+        total += F.cross_entropy(logits, torch.tensor(s.tokens), reduction="sum")
+        n += len(s.tokens)
+        assert s.tokens[-1] == tok.eos_token_id
+    (total / n).backward()
+    expected = {k: p.grad.clone() for k, p in policy.named_parameters()}
+    policy.zero_grad()
+    before = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    opt, found = common.MasterAdamW(policy, lr=1e-3), {}
+
+    def keep(*a):
+        found.update({k: p.grad.clone() for k, p in policy.named_parameters()})
+        return update(*a)
+
+    update = carft.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(carft, "update", keep)
+        loss, _ = carft.sft_step(policy, samples, opt, cfg, 1, [1e-3])
+    assert loss == pytest.approx((total / n).item(), abs=1e-5)
+    for name, grad in expected.items():
+        assert torch.allclose(found[name], grad, atol=1e-5), name
+    assert not torch.equal(before, torch.cat([p.detach().flatten() for p in policy.parameters()]))
+
+
+def test_sft_continues_where_stage_1_ended(tmp_path):
+    rows = run(tmp_path / "r", "--method", "sft", "--sft_epochs", 4, steps=12)
+    losses = [r["sft/loss"] for r in rows[1:]]
+    assert sum(losses[-3:]) < sum(losses[:3]), "it goes on learning"
+    assert not {"reward/mean", "sample/tokens"} & set(rows[5])
+
+
+def test_the_critic_starts_alone(tmp_path):
+    run(tmp_path / "r", "--head_only_steps", 3)
+    assert torch.equal(weights(tmp_path / "r" / "model"), weights(tmp_path / "r" / "sft"))
+    state = common.load_file(tmp_path / "r" / "checkpoint" / "weights.safetensors")
+    assert state["1.value.weight"].abs().max() > 0, "it starts at zero"
+    run(tmp_path / "d", "--head_only_steps", 3, "--method", "drgrpo", "--group", 4)
+    assert not torch.equal(weights(tmp_path / "d" / "model"), weights(tmp_path / "d" / "sft"))
+
+
+def test_no_stage_1(tmp_path):
+    run(tmp_path / "r", "--sft_epochs", 0)
+    assert not (tmp_path / "r" / "sft").exists()
+
+
+# -------------------------------------------------------------------------------- stage 2: the loop
+
+
+@pytest.mark.parametrize("argv", [[], ["--signal", "both"], ["--code_parity"],
+                                  ["--method", "drgrpo", "--group", 4, "--ppo_epochs", 2]])
+def test_micro_batches_never_change_the_gradient(tmp_path, argv):
+    large, small = (run(tmp_path / str(size), *argv, "--micro_tokens", size, "--cl_coef", 1,
+                        "--vf_coef", 1) if "drgrpo" not in argv else
+                    run(tmp_path / str(size), *argv, "--micro_tokens", size)
+                    for size in (4096, 100))
+    for a, b in zip(large, small):
+        assert set(a) == set(b)
+        for name in a:
+            if name != "policy/mismatch":
+                assert a[name] == pytest.approx(b[name], rel=1e-2, abs=1e-3), name
+    same = (weights(tmp_path / str(size) / "model") for size in (4096, 100))
+    assert torch.allclose(*same, atol=2e-4)
+
+
+@pytest.mark.parametrize("signal", ["positive", "both"])
+def test_the_micro_batches_carry_the_gradient_of_the_whole_loss(policy, tiny, signal):
+    """The loss on all rows at once, with autograd, against the two passes of the loop."""
+    tok = tiny[1]
+    torch.manual_seed(0)
+    cfg = SimpleNamespace(device="cpu", micro_tokens=120, signal=signal, code_parity=False,
+                          temperature=1.)
+    prompts = common.encode_questions(tok, ["How?", "How many pens are there?", "Why", "Who"])
+    texts = [["1+2=3\n#### 3", "2+2=4\n#### 4", "7-7=0\n#### 0", "1+1=2\n#### 2"],
+             ["2+1=3\n#### 3", "2+20=22\n4-4=0\n#### 0", "7=7\n#### 7", "1+1=2\n#### 2"]]
+    annotated, batch = (common.as_samples(tok, prompts, t) for t in texts)
+    right = torch.tensor([True, False, False, True])
+    heads = carft.Heads(96, "shared")
+    torch.nn.init.normal_(heads.value.weight)
+    sets, sets_ann = zip(*(carft.token_sets(s, a, cfg) for s, a in zip(batch, annotated)))
+    Z_ann = carft.look(policy, heads, annotated, sets_ann, cfg, logps=False)[2]
+    assert not Z_ann.requires_grad
+
+    ids, _ = common.collate(batch, "cpu")
+    V, e = heads(common.hidden_states(policy, ids))
+    Z = carft.pool(V, e, carft.scope_mask(sets, ids.shape[1], "cpu"))
+    carft.contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg).backward()
+    both = torch.nn.ModuleList([policy, heads])
+    expected = {k: p.grad.clone() for k, p in both.named_parameters() if p.grad is not None}
+    both.zero_grad()
+
+    _, dZ = carft.contrastive_gradient(carft.look(policy, heads, batch, sets, cfg)[2], Z_ann, sets,
+                                       sets_ann, right, cfg)
+    for rows in common.micro_batches(batch, 60):
+        ids, _ = common.collate([batch[i] for i in rows], "cpu")
+        V, e = heads(common.hidden_states(policy, ids))
+        z = carft.pool(V, e, carft.scope_mask([sets[i] for i in rows], ids.shape[1], "cpu"))
+        (z * dZ[rows]).sum().backward()
+    assert "1.value.weight" in expected and "1.projection.weight" in expected
+    for name, p in both.named_parameters():
+        if name in expected:
+            assert torch.allclose(p.grad, expected[name], atol=1e-5), name
+    assert expected["1.value.weight"].abs().max() > 1e-5, "the weights of the pooling are trained"
+
+
+def test_ratio_is_exactly_one_at_first_and_then_moves(tmp_path, monkeypatch):
+    calls = spy(monkeypatch, "policy_loss")
+    rows = run(tmp_path / "r", "--head_only_steps", 0, "--lr", 1e-3, steps=1)
+    (first, (loss, _)), (second, _) = calls
+    logp, old, A, mask, weight = first
+    assert torch.equal(logp, old) and logp.requires_grad and not old.requires_grad
+    assert loss.item() == pytest.approx(-((A * mask).sum(1) / mask.sum(1)).mean().item(), abs=1e-6)
+    assert torch.allclose(second[1], old, atol=1e-5), "the same old policy in both epochs"
+    assert (second[0] - second[1]).abs().max() > 1e-3
+    assert torch.equal(second[2], A) and torch.equal(weight, 1 / (8 * mask.sum(1)))
+    assert rows[1]["policy/loss"] == pytest.approx((loss.item() + calls[1][1][0].item()) / 2)
+
+
+def test_annotated_vectors_are_cached_and_the_samples_are_not(tmp_path, monkeypatch):
+    calls = spy(monkeypatch, "contrastive_loss")
+    run(tmp_path / "r", "--head_only_steps", 0, "--lr", 1e-3, steps=1)
+    (first, _), (second, _) = calls
+    assert torch.equal(first[1], second[1]) and not first[1].requires_grad
+    assert first[0].requires_grad and not torch.equal(first[0], second[0])
+
+
+def test_ppo_gets_the_values_and_rewards_of_the_old_policy(tmp_path, monkeypatch):
+    targets, loss = spy(monkeypatch, "ppo_advantages"), spy(monkeypatch, "value_loss")
+    rows = run(tmp_path / "r", "--vf_coef", 1, "--head_only_steps", 2, steps=2)
+    (r, old_logp, ref_logp, old_V, mask, cfg), (A, R) = targets[1]
+    assert set(r.tolist()) <= {1., pytest.approx(.1)} and r.mean().item() == pytest.approx(
+        rows[2]["reward/mean"])
+    assert torch.allclose(old_logp, ref_logp, atol=1e-5), "only the heads have moved"
+    assert old_V.abs().max() > 0 and (old_V[mask == 0] == 0).all()
+    rho = carft.kl_shaped_rewards(r, old_logp, ref_logp, mask, cfg.kl_coef)
+    assert torch.allclose(rho.sum(1), r, atol=1e-4)
+    expected, returns = carft.gae(rho, old_V, mask, 1., .95)
+    assert torch.allclose(R, returns) and torch.allclose(A, carft.whiten(expected, mask))
+    for (V, old, R_, m, n), _ in loss[2:]:  # of the second step
+        assert n == 8 and V.requires_grad and torch.equal(R_, R[:, :m.shape[1]])
+        assert torch.equal(old, old_V[:, :m.shape[1]])
+    first, second = (call[0][0] for call in loss[2:])
+    assert torch.allclose(first, old_V, atol=1e-5) and not torch.allclose(second, old_V, atol=1e-5)
+
+
+def test_reft_is_carft_without_contrast_on_a_linear_critic(tmp_path):
+    a = run(tmp_path / "a", "--method", "reft")
+    b = run(tmp_path / "b", "--cl_coef", 0, "--head", "separate")
+    assert a == b
+    assert torch.equal(weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model"))
+
+
+def test_embedding_enhanced_reward(tmp_path, monkeypatch):
+    calls = spy(monkeypatch, "rewards")
+    run(tmp_path / "r", "--partial_reward", "embedding", steps=2)
+    for (right, number, partial), r in calls:
+        assert number.all() and 0 < right.sum() < 8
+        assert ((r == 1) == right).all() and ((r[~right] >= .1) & (r[~right] <= .3)).all()
+        assert len(set(partial.tolist())) > 4, "from each CoT's own cosine"
+        assert r[~right].tolist() == partial[~right].tolist()
+
+
+def test_drgrpo(tmp_path, monkeypatch):
+    calls = spy(monkeypatch, "policy_loss")
+    run(tmp_path / "r", "--method", "drgrpo", "--prompts", 4, "--group", 4, steps=1)
+    (logp, old, A, mask, weight), _ = calls[0]
+    assert torch.allclose(weight, torch.full_like(weight, 1 / (16 * 48)))
+    assert torch.equal(logp, old)
+    values = {round(abs(a), 4) for a in A[mask > 0].tolist()}
+    assert values <= {.25, .5, .75} and len(values) > 1, "r - mean of groups of 4, not divided"
+
+
+def test_ppo_learns(tmp_path):
+    """The reward rises: here that of ending in an even digit."""
+    for method in ("carft", "reft"):
+        rows = run(tmp_path / method, "--method", method, "--prompts", 32, "--lr", 1e-3,
+                   "--kl_coef", 0, "--vf_coef", .1, "--head_only_steps", 2, steps=30)
+        means = [r["reward/accuracy"] for r in rows[1:]]
+        assert sum(means[-8:]) / 8 > sum(means[:8]) / 8 + .15, method
+
+
+# ----------------------------------------------------------------------------- reference and --lora
+
+
+def test_reference_is_the_sft_policy(tmp_path, monkeypatch):
+    calls = spy(monkeypatch, "ppo_advantages")
+    run(tmp_path / "r", "--lr", 1e-3, steps=3)
+    (_, old_logp, ref_logp, *_), _ = calls[0]
+    assert torch.equal(old_logp, ref_logp), "at RL step 0"
+    (_, old_logp, ref_logp, *_), _ = calls[2]
+    assert not torch.allclose(old_logp, ref_logp, atol=1e-3)
+
+
+def test_lora(tmp_path, monkeypatch, tiny_folder, tiny):
+    """The SFT adapter is part of the reference, and the heads train in full."""
+    calls = spy(monkeypatch, "ppo_advantages")
+    samples = spy(monkeypatch, "sample")
+    folder = tmp_path / "r"
+    rows = run(folder, "--lora", "--model", tiny_folder, "--dataset", "tiny", "--sft_lr", 3e-3,
+               "--lr", 1e-3, "--sft_epochs", 3, steps=3)
+    (_, old_logp, ref_logp, _, mask, cfg), _ = calls[0]
+    assert torch.equal(old_logp, ref_logp) and rows[1]["policy/kl"] == 0
+    assert rows[3]["policy/kl"] != 0
+    # the reference is the merged SFT policy, not the checkpoint it started from
+    merged = AutoModelForCausalLM.from_pretrained(folder / "sft")
+    batch = next(found for a, found in samples if a[5] > 0)  # at a temperature: the first rollout
+    sft, base = (common.batch_logps(m, batch, cfg) for m in (merged, tiny[0]))
+    assert torch.allclose(sft, ref_logp, atol=1e-5)
+    assert not torch.allclose(base, ref_logp, atol=1e-2)
+    state = common.load_file(folder / "checkpoint" / "weights.safetensors")
+    assert {k for k in state if k.startswith("1.")} == {
+        "1.projection.weight", "1.projection.bias", "1.value.weight", "1.value.bias"}
+    assert all("lora" in k for k in state if k.startswith("0.")), "else only adapters are trained"
+    assert state["1.value.weight"].abs().max() > 0
+    assert (folder / "model" / "adapter_config.json").exists()
+    adapter = json.loads((folder / "model" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"]
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("argv", [[], ["--method", "drgrpo", "--group", 4], ["--lora"]])
+def test_resume_is_exact(tmp_path, argv, monkeypatch, tiny_folder):
+    if "--lora" in argv:
+        argv = ["--lora", "--model", tiny_folder, "--dataset", "tiny"]
+    argv = [*argv, "--lr", 1e-3, "--save_every", 2]
+    whole = run(tmp_path / "whole", *argv, steps=4)
+    real, count = carft.sample, [0]
+
+    def killed(*a, **k):
+        count[0] += a[5] > 0 and a[3] == (4 if "drgrpo" in argv else 1) and len(a[2]) == 8
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        return real(*a, **k)
+
+    monkeypatch.setattr(carft, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", *argv, steps=4)
+    monkeypatch.setattr(carft, "sample", real)
+    carft.main(["--resume", str(tmp_path / "cut")])
+    rows = [json.loads(line) for line in open(tmp_path / "cut" / "metrics.jsonl")]
+    assert rows == whole
+
+
+@pytest.mark.parametrize("argv", [[], ["--lora"]])
+@pytest.mark.parametrize("when", ["during", "after"])
+def test_killed_around_stage_1(tmp_path, argv, when, monkeypatch, tiny_folder):
+    if argv:
+        argv = ["--lora", "--model", tiny_folder, "--dataset", "tiny"]
+    whole = run(tmp_path / "whole", *argv, steps=2)
+
+    def killed(*a, **k):
+        raise KeyboardInterrupt
+
+    name = {"during": "save_folder", "after": "evaluate"}[when]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(carft, name, killed)
+        run(tmp_path / "cut", *argv, steps=2)
+    assert (tmp_path / "cut" / "sft").exists() == (when == "after")
+    carft.main(["--resume", str(tmp_path / "cut")])
+    assert [json.loads(line) for line in open(tmp_path / "cut" / "metrics.jsonl")] == whole
+
+
+# --------------------------------------------------------------------------------------- real input
+
+SVAMP = [{"item_id": f"svamp_{i}", "question": f"Ada has {i} figs . she gives 2 . how many ?",
+          "answer_cot": f"Ada has {i} figs.\n\n{i} figs - 2 figs = {i - 2} figs\n\nTherefore, the "
+                        f"answer is <{i - 2}>.", "answer_value": f"{i - 2}.0"}
+         for i in range(10, 40)]
+
+
+@pytest.mark.parametrize("rows", [SVAMP, GSM])
+def test_real_input(tmp_path, rows, llama_folder, write, monkeypatch):  # noqa: F811
+    train, model = write("train.json", rows), llama_folder()
+    prompts = spy(monkeypatch, "sample")
+    sft = spy(monkeypatch, "sft_step")
+    metrics = run(tmp_path / "r", "--model", model, "--dataset", train, "--eval_dataset",
+                  write("test.json", [{**r, "question": r["question"] + " now"} for r in rows[:5]]),
+                  "--prompts", 4, steps=2)
+    assert metrics[-1]["step"] == 2
+    tok = common.AutoTokenizer.from_pretrained(model)
+    prompt = tok.decode(prompts[0][0][2][0])
+    assert prompt.startswith("Question:\n") and prompt.endswith("\nAnswer reasoning:\n")
+    text = sft[0][0][1][0].text
+    assert "####" not in text and text.count("\nTherefore, the answer is: ") == 1
+    answer = text.rpartition("\nTherefore, the answer is: ")[2]
+    assert text.endswith(answer) and float(answer.replace(",", ""))
+
+
+def test_targets():
+    tok = SimpleNamespace(chat_template=None)
+    cfg = SimpleNamespace(dataset="gsm8k")
+    p = common.Problem("q", "72", "48/2 = 24\n24+48 = 72\n#### 72")
+    assert carft.annotated_cot(p, cfg, tok) == \
+        "48/2 = 24\n24+48 = 72\nTherefore, the answer is: 72"
+    assert carft.annotated_cot(common.Problem("q", "72"), cfg, tok) == ""
+    p = common.Problem("q", "203.0", "29 * 7 = 203\n\nTherefore, the answer is <203>.")
+    text = carft.annotated_cot(p, cfg, tok)
+    assert text.endswith("is <203>.\nTherefore, the answer is: 203.0")
+    assert common.extract_answer(text) == "203.0"
+
+
+# ------------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--group", 4], "--group 4: carft has one sample"),
+    (["--method", "drgrpo", "--group", 1], "at least 2"),
+    (["--prompts", 1], "the other questions are the negatives"),
+    (["--method", "reft", "--cl_coef", .1], "--cl_coef: the contrastive loss is of --method carft"),
+    (["--method", "sft", "--code_parity"], "--code_parity"),
+    (["--method", "reft", "--partial_reward", "embedding"], "--partial_reward embedding"),
+    (["--vf_coef", -1], "--vf_coef -1.0"), (["--cl_coef", "nan"], "--cl_coef nan"),
+    (["--head_lr", 0], "--head_lr 0.0"), (["--gamma", 1.5], "--gamma"),
+    (["--gae_lambda", -.1], "--gae_lambda"), (["--ppo_epochs", 0], "--ppo_epochs 0"),
+    (["--sft_epochs", -1], "--sft_epochs -1"), (["--head", "wide"], "--head")])
+def test_refused_flags(tmp_path, refused, argv, told):
+    assert told in refused(carft.main, *argv, "--out", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_refused_input(tmp_path, refused, tiny_folder, write):  # noqa: F811
+    assert "--hot is a preset" in refused(carft.main, "--hot", "--model", tiny_folder)
+    bare = write("bare.jsonl", [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(60)])
+    out = tmp_path / "r"
+    told = refused(carft.main, "--model", tiny_folder, "--dataset", bare, "--out", out, "--prompts",
+                   4)
+    assert "0 problems have an annotated CoT" in told
+    assert not (out / "config.json").exists(), "a refused command leaves no run in the way"
+    told = refused(carft.main, "--max_new_tokens", 6, "--out", out)
+    assert "--max_new_tokens 6" in told
+    shutil.rmtree(out, ignore_errors=True)

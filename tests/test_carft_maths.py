@@ -1,0 +1,531 @@
+"""The equations of carft.py: hand-worked numbers and properties."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import carft
+from carft import (
+    Heads,
+    answer_of,
+    common_subsequence,
+    contrastive_loss,
+    correct,
+    cosine_statistics,
+    cosines,
+    critic_statistics,
+    gae,
+    group_advantages,
+    is_terse,
+    kl_shaped_rewards,
+    learning_rates,
+    negative_loss,
+    partial_rewards,
+    policy_loss,
+    pool,
+    positive_loss,
+    rewards,
+    scope_mask,
+    state_values,
+    terse,
+    token_sets,
+    value_loss,
+    whiten,
+)
+from common import Problem, Sample
+
+approx = lambda x: pytest.approx(x, abs=1e-5)  # noqa: E731
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float)
+
+
+def close(a, *b, atol=1e-5):
+    return torch.allclose(a, torch.tensor(b if len(b) > 1 else b[0], dtype=a.dtype), atol=atol)
+
+
+# --------------------------------------------------------------------------- the unified CoT vector
+
+V = rows([.5, -1, .2, .9, .1, 7])
+E = rows([(5, 5), (5, 5), (0, 1), (1, 1), (-1, 1), (9, 9)])
+S = scope_mask([[[2, 3, 4]]], 6, "cpu")
+
+
+def test_pooling_by_hand():
+    v, e = V.clone().requires_grad_(), E.clone().requires_grad_()
+    z = pool(v, e, S)
+    assert z.shape == (1, 1, 2) and close(z[0, 0], .282988, 1.)
+    z.sum().backward()
+    assert close(v.grad[0], 0, 0, -.072217, .368470, -.296253, 0)
+    assert close(e.grad[0, :, 0], 0, 0, .255194, .513897, .230909, 0)
+    assert close(e.grad[0, :, 1], 0, 0, .255194, .513897, .230909, 0)
+
+
+def test_pooling_weights():
+    torch.manual_seed(0)
+    v, scope = torch.randn(3, 7), torch.rand(3, 2, 7) < .6
+    scope[:, :, 0] = True
+    weights = pool(v, torch.eye(7).expand(3, 7, 7), scope)  # one-hot embeddings give the weights
+    assert torch.allclose(weights.sum(-1), torch.ones(3, 2))
+    assert (weights[~scope] == 0).all() and (weights[scope] > 0).all()
+    e = torch.randn(3, 7, 64)
+    assert torch.allclose(pool(v, e, scope), pool(v + 3, e, scope), atol=1e-5)
+    mean = (e[:, None] * scope[..., None]).sum(2) / scope.sum(2, keepdim=True)
+    assert torch.allclose(pool(torch.full((3, 7), .3), e, scope), mean, atol=1e-5)
+    v = v.requires_grad_()
+    pool(v, e, scope)[:, 0].sum().backward()
+    used = scope[:, 0] & (scope[:, 0].sum(1, keepdim=True) > 1)
+    assert (v.grad[used] != 0).all() and (v.grad[~scope[:, 0]] == 0).all()
+
+
+def test_an_empty_token_set_is_a_zero_vector_and_takes_no_part():
+    v, e = V.clone().requires_grad_(), E.clone().requires_grad_()
+    z = pool(v, e, scope_mask([[[], [2]]], 6, "cpu"))
+    assert close(z[0, 0], 0., 0.) and close(z[0, 1], 0., 1.)
+    cosines(z[0], z[0]).sum().backward()
+    assert v.grad.isfinite().all() and e.grad.isfinite().all()
+    # row 1 has no own tokens: it is in no denominator, whatever its vector
+    torch.manual_seed(0)
+    z_a, z_c, z_d = torch.randn(3, 3, 4)
+    own = torch.tensor([[True, True], [True, False], [True, True]])
+    anchor = torch.tensor([True, False, True])
+    before = negative_loss(z_a, z_c, z_d, anchor, own)
+    z_d[1] = torch.randn(4)
+    assert negative_loss(z_a, z_c, z_d, anchor, own) == before
+    z_d[2] = torch.randn(4)
+    assert negative_loss(z_a, z_c, z_d, anchor, own) != before
+    # and without any common token a row has no anchor and no part in the first sum
+    own, anchor = own.clone(), torch.tensor([True, False, False])
+    own[2, 0] = False
+    before = negative_loss(z_a, z_c, z_d, anchor, own)
+    z_c[2] = torch.randn(4)
+    assert negative_loss(z_a, z_c, z_d, anchor, own) == before
+    none = torch.zeros(3, dtype=torch.bool)
+    z_c = z_c.requires_grad_()
+    loss = negative_loss(z_a, z_c, z_d, none, torch.zeros(3, 2, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and (z_c.grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_heads(kind):
+    torch.manual_seed(0)
+    heads, h = Heads(10, kind), torch.randn(2, 3, 10)
+    v, e = heads(h.bfloat16())
+    assert v.dtype == e.dtype == torch.float32 and v.shape == (2, 3) and e.shape == (2, 3, 64)
+    assert (v == 0).all(), "the critic starts at zero"
+    with torch.no_grad():
+        heads.value.weight.normal_()
+        heads.value.bias.fill_(.5)
+    v, e = heads(h)
+    assert torch.allclose(e, h @ heads.projection.weight.T + heads.projection.bias, atol=1e-6)
+    assert (e < 0).any(), "the embedding is taken before the ReLU"
+    x = e.clamp(min=0) if kind == "shared" else h
+    assert torch.allclose(v, x @ heads.value.weight[0] + .5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------ the positive signal
+
+Z_ANN = rows((1, 0), (0, 1), (-1, .5))
+Z = rows((.8, .6), (.3, 1), (1, .2))
+RIGHT = torch.tensor([True, False, True])
+
+
+def gradient(loss, z):
+    z = z.clone().requires_grad_()
+    value = loss(z)
+    value.backward()
+    return value.item(), z.grad
+
+
+def test_positive_loss_by_hand():
+    assert torch.allclose(F.cosine_similarity(Z_ANN, Z), rows(.8, .957826, -.789352), atol=1e-5)
+    for i, expected in enumerate((1.265202, .462484, 4.855658)):
+        only = torch.arange(3) == i
+        assert positive_loss(Z_ANN, Z, only).item() == approx(expected)
+    value, grad = gradient(lambda z: positive_loss(Z_ANN, z, RIGHT), Z)
+    assert value == approx(3.060430)
+    assert close(grad, (-.703818, .938424), (-2.096984, .629095), (.358496, -1.792483))
+
+
+def test_positive_loss_as_released():
+    value, grad = gradient(lambda z: positive_loss(Z_ANN, z, RIGHT, parity=True), Z)
+    assert value == approx(6.583344), "the sum of all rows, the wrong one included"
+    assert close(grad, (-1.8, 2.4), (0, 0), (.590328, -2.951638))
+    # pure alignment: - 1/tau grad cos of the own pair, nothing above the ceiling
+    z = Z.clone().requires_grad_()
+    cos = F.cosine_similarity(Z_ANN, z)
+    (-(cos * (cos < .9)).sum() / .2).backward()
+    assert torch.allclose(grad, z.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("right, intended, released", [
+    ((0, 0, 0), 0, 0), ((1, 1, 1), 2.194448, 6.583344), ((1, 0, 0), 1.265202, 6.583344)])
+def test_positive_loss_masks(right, intended, released):
+    right = torch.tensor(right, dtype=torch.bool)
+    assert positive_loss(Z_ANN, Z, right).item() == approx(intended)
+    assert positive_loss(Z_ANN, Z, right, parity=True).item() == approx(released)
+    for parity in (False, True):
+        grad = gradient(lambda z: positive_loss(Z_ANN, z, right, parity), Z)[1]  # noqa: B023
+        assert (grad == 0).all() if not right.any() else (grad != 0).any()
+
+
+def test_of_one_row_both_losses_are_equal():
+    for i in range(3):
+        a, b = Z_ANN[i:i + 1], Z[i:i + 1]
+        assert torch.isclose(positive_loss(a, b, torch.tensor([True])),
+                             positive_loss(a, b, torch.tensor([True]), True))
+
+
+def test_positive_loss_properties():
+    one = rows((1, 2))
+    yes = torch.ones(1, dtype=torch.bool)
+    assert positive_loss(one, one, yes).item() == approx((1 - .9) / .2)
+    torch.manual_seed(0)
+    z_ann, z = torch.randn(2, 8, 64)
+    right = torch.rand(8) < .6
+    loss, grad = gradient(lambda z: positive_loss(z_ann, z, right), z)
+    assert loss > 0
+    assert (grad[~right] != 0).any(1).all(), "wrong CoT are negatives with gradient"
+    assert torch.allclose((grad * z).sum(1), torch.zeros(8), atol=1e-6), "gradient _|_ z"
+    assert positive_loss(z_ann, 3 * z, right).item() == approx(loss), "scale of z"
+    assert positive_loss(5 * z_ann, z, right).item() == approx(loss)
+    order = torch.randperm(8)
+    assert positive_loss(z_ann[order], z[order], right[order]).item() == approx(loss)
+    z_ann = z_ann.requires_grad_()
+    positive_loss(z_ann, z.requires_grad_(), right).backward()
+    assert z_ann.grad is None, "no gradient into the annotated vectors"
+
+
+def test_n_identical_vectors_give_log_n(monkeypatch):
+    monkeypatch.setattr(carft, "CEILING", 2.)
+    same = rows((1, 2)).expand(5, 2)
+    assert positive_loss(same, same, torch.ones(5, dtype=torch.bool)).item() == approx(math.log(5))
+    assert positive_loss(same[:1], same[:1], torch.ones(1, dtype=torch.bool)).item() == approx(0)
+
+
+# ------------------------------------------------------------------------------ the negative signal
+
+Z_A, Z_C, Z_D = rows((1, 0), (0, 1)), rows((.8, .6), (.6, .8)), rows((-1, .2), (.5, -1))
+ALL = torch.ones(2, 2, dtype=torch.bool)
+
+
+def test_negative_loss_by_hand():
+    # exp(cos / tau): within z_c (148.413, 121.510), to z_d (.0485, .3963) and (.1786, .0425)
+    for i, (denominator, cos) in enumerate([(270.3681, .8), (270.1461, .8)]):
+        anchor = torch.arange(2) == i
+        loss = negative_loss(Z_A, Z_C, Z_D, anchor, ALL)
+        assert loss.item() == approx(math.log(denominator) - cos / .2)
+        assert loss.item() == pytest.approx((1.5998, 1.5990)[i], abs=1e-4)
+    both = torch.ones(2, dtype=torch.bool)
+    assert negative_loss(Z_A, Z_C, Z_D, both, ALL).item() == pytest.approx(1.5994, abs=1e-4)
+    assert negative_loss(Z_A, Z_C, Z_D, both, ALL, parity=True).item() == pytest.approx(
+        3.1988, abs=1e-4)
+    first = torch.tensor([True, False])
+    assert negative_loss(Z_A, Z_C, Z_D, ~both, ALL, parity=True) == 0
+    assert negative_loss(Z_A, Z_C, Z_D, first, ALL).item() == pytest.approx(1.5998, abs=1e-4)
+
+
+@pytest.mark.parametrize("parity", [False, True])
+def test_negative_loss_gradients(parity):
+    torch.manual_seed(0)
+    a, c, d = (torch.randn(6, 8).requires_grad_() for _ in range(3))
+    anchor = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    own = torch.ones(6, 2, dtype=torch.bool)
+    negative_loss(a, c, d, anchor, own, parity).backward()
+    assert a.grad is None, "no gradient into the annotated vectors"
+    assert (c.grad != 0).any(1).all(), "z_c has gradient in the denominator in both forms"
+    assert d.grad is None if parity else (d.grad != 0).any(1).all()
+    assert torch.allclose((c.grad * c).sum(1), torch.zeros(6), atol=1e-5)
+    if not parity:  # pulled to z_a and away from z_d: a step down the gradient does both
+        with torch.no_grad():
+            c2, d2 = c - .01 * c.grad, d - .01 * d.grad
+        assert negative_loss(a, c2, d2, anchor, own) < negative_loss(a, c, d, anchor, own)
+
+
+def test_negative_loss_formula():
+    torch.manual_seed(1)
+    a, c, d = torch.randn(3, 4, 8)
+    cos = lambda x, y: (x @ y / x.norm() / y.norm()).item()  # noqa: E731
+    losses = []
+    for i in range(4):
+        pull = math.exp(min(cos(a[i], c[i]), .9) / .2)
+        losses.append(-math.log(pull / (sum(math.exp(cos(c[i], c[k]) / .2) for k in range(4))
+                                        + sum(math.exp(cos(c[i], d[k]) / .2) for k in range(4)))))
+    anchor = torch.tensor([True, False, True, True])
+    own = torch.ones(4, 2, dtype=torch.bool)
+    expected = (losses[0] + losses[2] + losses[3]) / 3
+    assert negative_loss(a, c, d, anchor, own).item() == approx(expected)
+
+
+def test_negative_pull_ends_at_the_ceiling():
+    a = rows((1, 0), (0, 1))
+    near, far = rows((1, .1), (.1, 1)), rows((1, 1), (1, 1))
+    d = torch.zeros(2, 2)
+    own = torch.tensor([[True, False], [False, False]])
+    only = torch.tensor([True, False])
+    still, moved = (gradient(lambda c: negative_loss(a, c, d, only, own), x)[1]  # noqa: B023
+                    for x in (near, far))
+    assert still.abs().max() < 1e-5 and moved.abs().max() > .5
+
+
+def test_longest_common_subsequence():
+    assert common_subsequence("AGTAB", "GXTXAY") == ([1, 2, 3], [0, 2, 4])
+    assert common_subsequence("", "AB") == ([], []) == common_subsequence("AB", "")
+    assert common_subsequence("AB", "CD") == ([], [])
+    assert common_subsequence("AB", "BA") == ([1], [0]), "a tie goes left"
+    import random
+    rng = random.Random(0)
+    for _ in range(50):
+        a, b = ([rng.randrange(4) for _ in range(rng.randrange(9))] for _ in range(2))
+        i, j = common_subsequence(a, b)
+        assert [a[x] for x in i] == [b[x] for x in j] and i == sorted(i) and j == sorted(j)
+        from itertools import combinations
+        subsequences = {c for n in range(len(a) + 1) for c in combinations(a, n)}
+        longest = max((len(c) for n in range(len(b) + 1) for c in combinations(b, n)
+                       if c in subsequences), default=0)
+        assert len(i) == longest
+
+
+def made(prompt, tokens):
+    ids = {t: i for i, t in enumerate("Q : A 2 3 5 6 + * = | </s> pad".split())}
+    return Sample(tuple(ids[t] for t in prompt.split()), [ids[t] for t in tokens.split()], "", True)
+
+
+def test_token_sets():
+    prompt = "Q : 2 + 3 A : |"
+    annotated, sampled = made(prompt, "2 + 3 = 5 </s>"), made(prompt, "2 * 3 = 6 </s>")
+    cfg = SimpleNamespace(signal="both", code_parity=False)
+    own, theirs = token_sets(sampled, annotated, cfg)
+    assert own == [[8, 9, 10, 11, 12, 13], [8, 10, 11, 13], [9, 12]]
+    assert theirs == [[8, 9, 10, 11, 12, 13], [9, 12]]
+    cfg.code_parity = True  # the released code looks for common tokens in the prompt, too
+    own, theirs = token_sets(sampled, annotated, cfg)
+    assert own[1] == [*range(8), 8, 10, 11, 13] and own[2] == [9, 12] and theirs[1] == [9, 12]
+    cfg.signal = "positive"
+    assert token_sets(sampled, annotated, cfg) == ([[*range(8, 14)]], [[*range(8, 14)]])
+    longer = made(prompt, "2 + 3 = 5 = 5 </s>")
+    assert token_sets(sampled, longer, cfg)[1] == [[*range(8, 16)]]
+
+
+def test_the_signals_are_put_together():
+    torch.manual_seed(0)
+    Z, Z_ann = torch.randn(4, 3, 64), torch.randn(4, 2, 64)
+    right = torch.tensor([True, False, False, False])
+    sets = [[[5], [5], [6]], [[5], [5], [6]], [[5], [], [6]], [[5], [5], []]]
+    sets_ann = [[[5], [6]], [[5], [6]], [[5], [6]], [[5], [6]]]
+    own = torch.tensor([[1, 1], [1, 1], [0, 1], [1, 0]], dtype=torch.bool)
+    of = {s: contrastive_loss(Z, Z_ann, sets, sets_ann, right,
+                              SimpleNamespace(signal=s, code_parity=False)).item()
+          for s in ("positive", "negative", "both")}
+    assert of["positive"] == approx(positive_loss(Z_ann[:, 0], Z[:, 0], right).item())
+    anchor = torch.tensor([False, True, False, True])  # wrong, with something in common
+    assert of["negative"] == approx(
+        negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], anchor, own).item())
+    assert of["both"] == approx((of["positive"] + of["negative"]) / 2)
+    sets_ann[3] = [[5], []]  # the annotation has nothing in addition: no anchor
+    anchor[3] = False
+    cfg = SimpleNamespace(signal="negative", code_parity=False)
+    assert contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg).item() == approx(
+        negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], anchor, own).item())
+
+
+# ----------------------------------------------------------------------------------------- PPO
+
+# prompt of 3 tokens, EOS at column 5; the state of the action in column t is column t - 1
+MASK = rows([0, 0, 0, 1, 1, 1, 0])
+
+
+def placed(*values):
+    return rows([0, 0, 0, *values])
+
+
+def test_ppo_bookkeeping_by_hand():
+    positions = rows([9, 9, .2, .3, .5, 9, 9])  # values per position; those of EOS are never used
+    values = state_values(positions, MASK)
+    assert torch.equal(values, placed(.2, .3, .5, 0))
+    rho = kl_shaped_rewards(rows(1)[0:1], placed(.2, -.1, .4, 0), torch.zeros(1, 7), MASK, .05)
+    assert torch.allclose(rho, placed(-.01, .005, .98, 0))
+    A, R = gae(rho, values, MASK, 1., .95)
+    assert torch.allclose(A, placed(.71795, .661, .48, 0), atol=1e-6)
+    assert torch.allclose(R, placed(.91795, .961, .98, 0), atol=1e-6)
+    assert torch.allclose(whiten(A, MASK), placed(.791163, .332804, -1.123967, 0), atol=1e-5)
+
+
+def test_the_score_is_on_the_last_token_and_counts_once():
+    mask = rows([0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0])
+    r = rows(1., .1, 0.)
+    s = kl_shaped_rewards(r, torch.zeros(3, 7), torch.zeros(3, 7), mask, .05)
+    assert torch.equal(s.sum(1), r) and s[0, 6] == 1 and s[1, 5] == r[1]
+    noise = torch.randn(3, 7)
+    rho = kl_shaped_rewards(r, noise, torch.zeros(3, 7), mask, .05)
+    assert torch.allclose(rho, s - .05 * noise * mask) and (rho[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("gamma, lam", [(1., .95), (.9, .8), (1., 1.), (.99, 0.)])
+def test_gae_against_the_sum(gamma, lam):
+    torch.manual_seed(0)
+    start, end = (2, 3, 1), (8, 5, 2)
+    mask = torch.zeros(3, 8)
+    for i, (a, b) in enumerate(zip(start, end)):
+        mask[i, a:b] = 1
+    rho, values = torch.randn(2, 3, 8) * mask
+    A, R = gae(rho, values, mask, gamma, lam)
+    for i, (a, b) in enumerate(zip(start, end)):
+        v = [*values[i, a:b].tolist(), 0.]
+        delta = [rho[i, a + t].item() + gamma * v[t + 1] - v[t] for t in range(b - a)]
+        for t in range(b - a):
+            expected = sum((gamma * lam) ** k * delta[t + k] for k in range(b - a - t))
+            assert A[i, a + t].item() == approx(expected)
+            assert R[i, a + t].item() == approx(expected + v[t])
+    assert (A[mask == 0] == 0).all() and (R[mask == 0] == 0).all()
+
+
+def test_without_critic_kl_and_discount_every_token_has_the_reward():
+    mask, r = rows([0, 1, 1, 1, 0], [0, 0, 1, 0, 0]), rows(1., .1)
+    rho = kl_shaped_rewards(r, torch.randn(2, 5), torch.randn(2, 5), mask, 0.)
+    A, R = gae(rho, torch.zeros(2, 5), mask, 1., 1.)
+    assert torch.allclose(A, r[:, None] * mask) and torch.allclose(R, A)
+
+
+def test_whitening_is_of_all_tokens_of_the_batch():
+    torch.manual_seed(0)
+    mask = (torch.rand(5, 9) < .6).float()
+    A = 3 + 2 * torch.randn(5, 9)
+    white = whiten(A, mask)
+    tokens = white[mask > 0]
+    assert tokens.mean().item() == approx(0) and tokens.var().item() == approx(1)
+    assert (white[mask == 0] == 0).all()
+    assert torch.equal(white, whiten(A * mask, mask))
+
+
+def test_policy_loss_by_hand():
+    ratio, A, mask = rows([1.5, .5, 1.5, .5]), rows([1, 1, -1, -1]), torch.ones(1, 4)
+    for t, expected in enumerate((-1.2, -.5, 1.5, .8)):
+        only = (torch.arange(4) == t).float()[None]
+        loss, cut = policy_loss(ratio.log(), torch.zeros(1, 4), A, only, torch.ones(1))
+        assert loss.item() == approx(expected)
+        assert cut.item() == (t in (0, 3))
+    loss, cut = policy_loss(ratio.log(), torch.zeros(1, 4), A, mask, torch.full((1,), 1 / 4))
+    assert loss.item() == approx((-1.2 - .5 + 1.5 + .8) / 4) and cut.item() == .5
+
+
+def test_policy_loss_gradient_and_the_weights_of_rows():
+    torch.manual_seed(0)
+    mask = rows([0, 1, 1, 0], [0, 1, 1, 1])
+    logp, A = (torch.randn(2, 4) * mask).requires_grad_(), torch.randn(2, 4) * mask
+    weight = 1 / (2 * mask.sum(1))
+    loss, cut = policy_loss(logp, logp.detach(), A, mask, weight)
+    # ratio 1: minus the mean over rows of the mean over tokens of A, and REINFORCE's gradient
+    assert loss.item() == approx(-((A.sum(1) / mask.sum(1)).mean()).item()) and (cut == 0).all()
+    loss.backward()
+    assert torch.allclose(logp.grad, -A * weight[:, None])
+    for ratio, a, moves in [(1.3, 1, False), (1.3, -1, True), (.7, 1, True), (.7, -1, False)]:
+        x = torch.full((1, 1), math.log(ratio)).requires_grad_()
+        policy_loss(x, torch.zeros(1, 1), rows([a]), torch.ones(1, 1), torch.ones(1))[0].backward()
+        assert (x.grad != 0).item() == moves
+
+
+def test_value_loss_by_hand():
+    v, old, R, mask = rows([1], [.1]), rows([.5], [0]), rows([1], [1]), torch.ones(2, 1)
+    for i, expected in enumerate((.045, .405)):
+        at = slice(i, i + 1)
+        assert value_loss(v[at], old[at], R[at], mask[at], 1).item() == approx(expected)
+    assert value_loss(v, old, R, mask, 2).item() == approx((.045 + .405) / 2)
+    mask = rows([0, 1, 1, 0], [0, 1, 1, 1])  # a mean over each row, then over rows
+    v = rows([5, 1, 3, 5], [5, 2, 2, 2]) * mask
+    assert value_loss(v, v, 0 * v, mask, 2).item() == approx(.5 * ((1 + 9) / 2 + 4) / 2)
+
+
+def test_drgrpo_by_hand():
+    r = rows((1, .1, 0, 1))
+    A = group_advantages(r)
+    assert torch.allclose(A, rows((.475, -.425, -.525, .475))) and A.sum().item() == approx(0)
+    assert torch.equal(group_advantages(rows((1, 1))), rows((0, 0)))
+    assert torch.allclose(group_advantages(10 * r), 10 * A, atol=1e-6), "no division by the std"
+
+
+def test_drgrpo_has_no_length_in_its_loss():
+    short, long = rows([1, 1, 0, 0]), rows([1, 1, 1, 1])
+    logp, constant = torch.zeros(1, 4), torch.full((1,), 1 / 16)
+    of = {name: [policy_loss(logp, logp, 2 * m, m, w)[0].item() for m in (short, long)]
+          for name, w in (("drgrpo", constant),)}
+    assert of["drgrpo"][1] == 2 * of["drgrpo"][0] == approx(-8 / 16)
+    per_token = [policy_loss(logp, logp, 2 * m, m, 1 / m.sum(1))[0].item() for m in (short, long)]
+    assert per_token[0] == per_token[1] == approx(-2)
+
+
+# --------------------------------------------------------------------------------- reward and task
+
+
+def test_rewards():
+    right = torch.tensor([True, False, False])
+    number = torch.tensor([True, True, False])
+    cos = rows(1., 0., -1., .6)
+    assert close(partial_rewards("embedding", cos), .3, .2, .1, .26)
+    assert close(partial_rewards("constant", cos), .1, .1, .1, .1)
+    assert close(partial_rewards("none", cos), 0., 0., 0., 0.)
+    for kind, partial in (("none", 0.), ("constant", .1), ("embedding", .2)):
+        assert close(rewards(right, number, partial_rewards(kind, torch.zeros(3))), 1., partial, 0.)
+    assert partial_rewards("embedding", rows(1.)) < .5, "a wrong answer never counts as correct"
+
+
+@pytest.mark.parametrize("text, found", [
+    ("2+3=5\n#### 5", (True, True)), ("so\nTherefore, the answer is: 5.0", (True, True)),
+    ("the answer is: 5.009", (True, True)), ("the answer is: 5.02", (False, True)),
+    ("#### 1,005", (False, True)), ("five", (False, False)), ("#### five", (False, False)),
+    ("The answer is 4. Therefore, the answer is: 5", (True, True)), ("", (False, False))])
+def test_answer(text, found):
+    problem = Problem("2+3?", "5")
+    assert answer_of(text, problem) == found and correct(text, problem) == found[0]
+
+
+def test_an_answer_that_is_no_number():
+    assert answer_of("#### \\frac{\\pi}{2}", Problem("?", "\\pi/2")) == (True, False)
+    assert answer_of("#### x+1", Problem("?", "x+2")) == (False, False)
+
+
+def test_terse_annotators():
+    full = "12-5=7\n7+17=24\n24+1=25\n#### 25"
+    assert terse(full) == "12-5+17=24\n24+1=25\n#### 25"
+    assert terse("1+1=2\n#### 2") == "1+1=2\n#### 2"
+    assert terse("1+1=2\n2-1=1\n#### 1") == "1+1-1=1\n#### 1"
+    assert is_terse(terse(full)) and not is_terse(full) and not is_terse("")
+    assert terse("9+1=10\n10-3=7\n7+2=9\n9-9=0\n#### 0") == "9+1-3=7\n7+2-9=0\n#### 0"
+
+
+def test_cosine_statistics():
+    z_ann, z = rows((1, 0), (0, 1), (1, 1)), rows((2, 0), (1, 0), (1, 1))
+    right = torch.tensor([True, False, True])
+    half = math.sqrt(.5)
+    found = cosine_statistics(z_ann, z, right)
+    assert found["cos_correct"] == approx(1) and found["cos_wrong"] == approx(0)
+    assert found["cos_other"] == approx((1 + half + 0 + half + half + half) / 6)
+    assert set(cosine_statistics(z_ann, z, ~right)) == set(found)
+    assert set(cosine_statistics(z_ann[:1], z[:1], right[:1])) == {"cos_correct"}
+
+
+def test_critic_statistics():
+    mask, R = rows([0, 1, 1, 1]), rows([9, 1, 2, 3])
+    logp, ref = rows([7, -1, -2, -3]), rows([9, -2, -2, -2.5])
+    for V, expected in ((R, 1), (R + 5, 1), (0 * R, 0), (-R, -3)):
+        found = critic_statistics(logp, ref, V, R, mask)
+        assert found["value/explained"] == approx(expected)
+        assert found["policy/kl"] == approx(1 + 0 - .5)
+
+
+def test_learning_rates():
+    cfg = SimpleNamespace(method="carft", steps=10, lr=1., head_lr=5., head_only_steps=2,
+                          warmup_steps=0)
+    assert learning_rates(1, cfg) == [0, 5.]
+    assert learning_rates(2, cfg) == [0, approx(4.5)]
+    assert learning_rates(3, cfg) == [approx(.8), approx(4.)]
+    assert learning_rates(10, cfg) == [approx(.1), approx(.5)]
+    cfg.method = "drgrpo"
+    assert learning_rates(1, cfg)[0] == 1, "it has no critic to wait for"
+    cfg.warmup_steps = 4
+    assert learning_rates(2, cfg)[0] == approx(.9 / 2)

@@ -157,8 +157,8 @@ METHODS = {"carft": dict(PPO, head="shared", cl_coef=0.1),                      
                           partial_reward="none")}                                       # [DrGRPO]
 # The tiny model's own values, used where no flag was given.
 TINY = dict(steps=200, max_new_tokens=64, sft_lr=1e-3, lr=2e-4, head_lr=2e-3, kl_coef=0.01,
-            vf_coef=0.1, eval_size=0, eval_every=20, save_every=50,
-            carft=dict(cl_coef=0.01), sft=dict(lr=3e-4), drgrpo=dict(prompts=16, group=4),
+            vf_coef=0.1, eval_size=0, eval_every=25, save_every=50,
+            carft=dict(cl_coef=0.01), sft=dict(lr=1e-4), drgrpo=dict(prompts=16, group=4),
             hot=dict(lr=6e-4, vf_coef=1.0, head_only_steps=0))
 SIZE = 64                  # of a CoT vector [code]
 TEMPERATURE, CEILING = 0.2, 0.9  # tau, and the cosine from which a pair is pulled no more [code]

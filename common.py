@@ -748,6 +748,8 @@ class Sample:
 
 def as_samples(tok, prompts, texts):
     """Texts that no policy sampled, as continuations of the very same prompt ids, EOS added."""
+    if not texts:
+        return []
     tokens = [ids + [tok.eos_token_id] for ids in tok(texts, add_special_tokens=False).input_ids]
     texts = tok.batch_decode(tokens, skip_special_tokens=True)
     return [Sample(tuple(p), ids, text, True) for p, ids, text in zip(prompts, tokens, texts)]
@@ -1261,7 +1263,8 @@ class Run:
         self.open()
         state = self.restore(model, opt)
         if state is None:
-            state = {"step": 0, "position": 0, "tokens": 0, "before": evaluate()}
+            state = {"step": 0, "position": 0, "tokens": 0, "train_cpu_seconds": 0.0,
+                     "before": evaluate()}
             self.log(0, **{f"eval/{k}": v for k, v in state["before"].items()})
             self.report(0, state["before"])
         return state
@@ -1272,6 +1275,7 @@ class Run:
         bar = tqdm(total=cfg.steps, initial=state["step"], desc=self.script, disable=None)
         while state["step"] < cfg.steps and not self.sampled_enough(state):
             state["step"] += 1
+            self.step_started = time.process_time()
             yield state["step"]
             bar.update()
         bar.close()
@@ -1282,6 +1286,7 @@ class Run:
     def end_step(self, state, values, samples, model, opt, evaluate):
         """Logs a step; evaluates, checkpoints and draws where it is due."""
         cfg, step = self.cfg, state["step"]
+        state["train_cpu_seconds"] += time.process_time() - self.step_started
         last = step == cfg.steps or self.sampled_enough(state)
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
             state |= {"after": evaluate(), "evaluated": step}
@@ -1337,7 +1342,8 @@ class Run:
         self.draw_curves()
         summary = {"script": self.script, "method": self.cfg.method, "model": self.cfg.model,
                    "seed": self.cfg.seed, "steps": state["step"], "seconds": self.seconds(),
-                   "before": before, "after": after}
+                   "train_cpu_seconds": state["train_cpu_seconds"], "before": before,
+                   "after": after}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
         print(f"\n{'held-out':<18}{'before':>8}{'after':>8}")
         for name in after:

@@ -263,7 +263,7 @@ def golden_answers(problems, tok, cfg, run, instruction):
     thinking = tok.decode(problems[0].prompt[-8:]).rstrip().endswith("<think>")
     full = [in_form(texts[p.question, p.answer], p, instruction, thinking) for p in have]
     golden, bare, wrong, long = {}, 0, 0, 0
-    for p, answer in zip(have, as_samples(tok, [p.prompt for p in have], full) if have else []):
+    for p, answer in zip(have, as_samples(tok, [p.prompt for p in have], full)):
         if not re.sub(r"#### *|\\boxed|[{}$.]", "", answer.text).replace(p.answer, "", 1).strip():
             bare += 1
         elif not correct(answer.text, p):

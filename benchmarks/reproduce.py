@@ -5,12 +5,14 @@
 Every run is `python <script>.py --method ... --seed ...` on the embedded default, one thread, in
 runs/reproduce/; a finished one (its summary.json exists) is not run again, a killed one is resumed.
 The method itself runs first. A baseline of the same seed then stops at the first step that has
-sampled as many tokens; where all rows sample alike at every step, it takes as many steps. Writes
-benchmarks/results/<script>.json and the pictures of the first run, and prints the table.
+sampled as many tokens; where all rows sample alike at every step, it takes as many steps, and once
+more as many as fit into the method's CPU time of training (the median over seeds). Writes
+benchmarks/results/<script>.json and pictures of seed 0, and prints the table and the differences.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,20 +36,58 @@ ROWS = {
         "grpo": ["--method", "grpo"],
         "laser, alpha 0.1": ["--alpha", "0.1"],
     },
+    "carft": {
+        "carft": [],
+        "reft": ["--method", "reft"],
+        "sft": ["--method", "sft"],
+        "drgrpo": ["--method", "drgrpo"],
+        "carft, hot": ["--hot"],
+        "reft, hot": ["--hot", "--method", "reft"],
+        "carft, code parity": ["--code_parity"],
+    },
 }
-EQUAL_STEPS = ("laser",)
+EQUAL_STEPS = ("laser", "carft")
+EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
+DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"),
+                         ("carft, hot", "reft, hot"), ("carft", "reft, equal seconds"),
+                         ("carft", "sft, equal seconds"), ("carft", "drgrpo, equal seconds")]}
 COLUMNS = {  # of the printed table; the .json has every number
     "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],
     "laser": ["accuracy", "mean@8", "verify_f1", "auroc", "auroc/level3", "auroc/level4",
               "auroc_logp", "ece", "maj@8", "weighted_maj@8", "best_of@8"],
+    "carft": ["accuracy", "accuracy/level2", "accuracy/level3", "accuracy/level4", "worst_drop",
+              "cos_correct", "cos_wrong", "cos_other"],
 }
-PICTURES = {"gcpo": {"curves.png": ".png"},
-            "laser": {"curves.png": ".png", "score.png": "_score.png"}}
+PICTURES = {  # (row, picture in the run folder): ending of its copy's name
+    "gcpo": {("gcpo", "curves.png"): ".png"},
+    "laser": {("laser", "curves.png"): ".png", ("laser", "score.png"): "_score.png"},
+    "carft": {("carft", "curves.png"): ".png", ("carft", "vectors.png"): "_vectors.png",
+              ("carft, code parity", "vectors.png"): "_vectors_parity.png"},
+}
+
+
+# Student's t, two-sided 95 %, by the number of seeds
+T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def metrics(folder):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
 
 
 def sampled_tokens(folder):
-    with open(folder / "metrics.jsonl") as f:
-        return int(json.loads(f.readlines()[-1])["sample/tokens"])
+    return int(metrics(folder)[-1].get("sample/tokens", 0))
+
+
+def worst_drop(folder):
+    """The largest fall of the held-out accuracy from the best evaluation before it."""
+    accuracy = [r["eval/accuracy"] for r in metrics(folder) if "eval/accuracy" in r]
+    return max(max(accuracy[:i + 1]) - a for i, a in enumerate(accuracy))
+
+
+def seconds_per_step(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary["train_cpu_seconds"] / summary["steps"]
 
 
 def run(script, name, flags, seed):
@@ -78,28 +118,42 @@ def tabulate(script, folders):
         after = {k: [s["after"][k] for s in summaries] for k in names}
         after |= {"steps": [s["steps"] for s in summaries],
                   "seconds": [round(s["seconds"]) for s in summaries],
-                  "sampled_tokens": [sampled_tokens(f) for f in found]}
+                  "train_cpu_seconds": [s["train_cpu_seconds"] for s in summaries],
+                  "sampled_tokens": [sampled_tokens(f) for f in found],
+                  "worst_drop": [worst_drop(f) for f in found]}
         table[name] = {k: {"seeds": v, "mean": statistics.fmean(v),
                            "sd": statistics.stdev(v) if len(v) > 1 else 0.0}
                        for k, v in after.items()}
-    first = next(iter(folders.values()))[0]
-    config = json.loads((first / "config.json").read_text())
+    first = next(iter(folders.values()))
+    config = json.loads((first[0] / "config.json").read_text())
+    before = [json.loads((f / "summary.json").read_text())["before"] for f in first]
+    differences = {}
+    for a, b in DIFFERENCES.get(script, []):
+        values = [x - y for x, y in zip(*(table[row]["accuracy"]["seeds"] for row in (a, b)))]
+        differences[f"{a} - {b}"] = {"seeds": values, "mean": statistics.fmean(values)}
+        if len(values) > 1:
+            half = T_975.get(len(values), 2.26) * statistics.stdev(values) / len(values) ** 0.5
+            differences[f"{a} - {b}"]["interval_95"] = half
     return {"command": f"python benchmarks/reproduce.py --only {script}",
             "commit": config["commit"], "versions": config["versions"],
             "hardware": f"{platform.processor() or platform.machine()}, one thread per run",
-            "before": json.loads((first / "summary.json").read_text())["before"], "rows": table}
+            "before": {k: statistics.fmean(b[k] for b in before) for k in before[0]},
+            "rows": table, "accuracy_differences": differences}
 
 
 def markdown(result, columns):
     """The table as the README shows it."""
-    before = {k: result["before"][k] for k in columns}
-    lines = ["| method | " + " | ".join(k.replace("accuracy/", "") for k in before)
+    before = [f"{result['before'][k]:.3f}" if k in result["before"] else "-" for k in columns]
+    lines = ["| method | " + " | ".join(k.replace("accuracy/", "") for k in columns)
              + " | steps | sampled tokens |", "|---" * (len(before) + 3) + "|",
-             "| before | " + " | ".join(f"{v:.3f}" for v in before.values()) + " | 0 | 0 |"]
+             "| before | " + " | ".join(before) + " | 0 | 0 |"]
     for name, row in result["rows"].items():
-        cells = [f"{row[k]['mean']:.3f} ± {row[k]['sd']:.3f}" for k in before]
+        cells = [f"{row[k]['mean']:.3f} ± {row[k]['sd']:.3f}" if k in row else "-" for k in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['steps']['mean']:.0f} | "
                      f"{row['sampled_tokens']['mean'] / 1e6:.2f} M |")
+    for name, d in result["accuracy_differences"].items():
+        lines.append(f"{name}: {d['mean']:+.3f} ± {d.get('interval_95', math.nan):.3f} (95 %), "
+                     f"{sum(x >= 0 for x in d['seeds'])} of {len(d['seeds'])} seeds >= 0")
     return "\n".join(lines)
 
 
@@ -126,12 +180,22 @@ def main():
             jobs = {other: [pool.submit(run, script, other, more + stop[s], s) for s in seeds]
                     for other, more in baselines}
             folders |= {other: [j.result() for j in found] for other, found in jobs.items()}
+            for other in EQUAL_SECONDS.get(script, ()):
+                mine, theirs = (statistics.median(map(seconds_per_step, folders[x]))
+                                for x in (name, other))
+                steps = round(json.loads((folders[name][0] / "summary.json").read_text())["steps"]
+                              * mine / theirs)
+                jobs[other] = [pool.submit(run, script, f"{other}, equal seconds",
+                                           [*ROWS[script][other], "--steps", str(steps)], s)
+                               for s in seeds]
+            folders |= {f"{other}, equal seconds": [j.result() for j in jobs[other]]
+                        for other in EQUAL_SECONDS.get(script, ())}
         result = tabulate(script, folders)
         target = ROOT / "benchmarks" / "results" / f"{script}.json"
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n")
-        for picture, ending in PICTURES[script].items():
-            shutil.copy(folders[name][0] / picture, target.with_name(script + ending))
+        for (row, picture), ending in PICTURES[script].items():
+            shutil.copy(folders[row][0] / picture, target.with_name(script + ending))
         print(markdown(result, COLUMNS[script]))
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_common import GSM, llama_folder, word_tokenizer, write  # noqa: F401 (a fixture)
+from test_common import GSM, llama_folder, write  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
 import carft
@@ -264,19 +264,22 @@ def test_ppo_gets_the_values_and_rewards_of_the_old_policy(tmp_path, monkeypatch
     targets, loss = spy(monkeypatch, "ppo_advantages"), spy(monkeypatch, "value_loss")
     rows = run(tmp_path / "r", "--vf_coef", 1, "--head_only_steps", 2, steps=2)
     (r, old_logp, ref_logp, old_V, mask, cfg), (A, R) = targets[1]
-    assert set(r.tolist()) <= {1., pytest.approx(.1)} and r.mean().item() == pytest.approx(
-        rows[2]["reward/mean"])
+    assert all(x in (1., pytest.approx(.1)) for x in r.tolist())
+    assert r.mean().item() == pytest.approx(rows[2]["reward/mean"])
     assert torch.allclose(old_logp, ref_logp, atol=1e-5), "only the heads have moved"
     assert old_V.abs().max() > 0 and (old_V[mask == 0] == 0).all()
     rho = carft.kl_shaped_rewards(r, old_logp, ref_logp, mask, cfg.kl_coef)
     assert torch.allclose(rho.sum(1), r, atol=1e-4)
     expected, returns = carft.gae(rho, old_V, mask, 1., .95)
     assert torch.allclose(R, returns) and torch.allclose(A, carft.whiten(expected, mask))
-    for (V, old, R_, m, n), _ in loss[2:]:  # of the second step
-        assert n == 8 and V.requires_grad and torch.equal(R_, R[:, :m.shape[1]])
-        assert torch.equal(old, old_V[:, :m.shape[1]])
+    size = [int(row.nonzero().max()) for row in mask]
+    order = sorted(range(8), key=lambda i: size[i])  # a micro-batch is sorted by length
+    for (V, old, returns, m, n), _ in loss[2:]:  # of the second step
+        assert n == 8 and V.requires_grad and torch.equal(m, mask[order])
+        assert torch.equal(returns, R[order]) and torch.equal(old, old_V[order])
     first, second = (call[0][0] for call in loss[2:])
-    assert torch.allclose(first, old_V, atol=1e-5) and not torch.allclose(second, old_V, atol=1e-5)
+    assert torch.allclose(first, old_V[order], atol=1e-5)
+    assert not torch.allclose(second, old_V[order], atol=1e-5)
 
 
 def test_reft_is_carft_without_contrast_on_a_linear_critic(tmp_path):
@@ -339,7 +342,7 @@ def test_lora(tmp_path, monkeypatch, tiny_folder, tiny):
     assert rows[3]["policy/kl"] != 0
     # the reference is the merged SFT policy, not the checkpoint it started from
     merged = AutoModelForCausalLM.from_pretrained(folder / "sft")
-    batch = next(found for a, found in samples if a[5] > 0)  # at a temperature: the first rollout
+    batch = next(found for a, found in samples if a[5] > 0 and len(found) == 8)  # the first step
     sft, base = (common.batch_logps(m, batch, cfg) for m in (merged, tiny[0]))
     assert torch.allclose(sft, ref_logp, atol=1e-5)
     assert not torch.allclose(base, ref_logp, atol=1e-2)
@@ -407,13 +410,13 @@ SVAMP = [{"item_id": f"svamp_{i}", "question": f"Ada has {i} figs . she gives 2 
 
 
 @pytest.mark.parametrize("rows", [SVAMP, GSM])
-def test_real_input(tmp_path, rows, llama_folder, write, monkeypatch):  # noqa: F811
-    train, model = write("train.json", rows), llama_folder()
+def test_real_input(tmp_path, rows, llama_folder, monkeypatch):  # noqa: F811
+    train, model = write(tmp_path / "train.json", rows), llama_folder()
     prompts = spy(monkeypatch, "sample")
     sft = spy(monkeypatch, "sft_step")
-    metrics = run(tmp_path / "r", "--model", model, "--dataset", train, "--eval_dataset",
-                  write("test.json", [{**r, "question": r["question"] + " now"} for r in rows[:5]]),
-                  "--prompts", 4, steps=2)
+    test = write(tmp_path / "t.json", [{**r, "question": f"{r['question']} now"} for r in rows[:5]])
+    metrics = run(tmp_path / "r", "--model", model, "--dataset", train, "--eval_dataset", test,
+                  "--prompts", 4, "--max_new_tokens", 120, steps=2)
     assert metrics[-1]["step"] == 2
     tok = common.AutoTokenizer.from_pretrained(model)
     prompt = tok.decode(prompts[0][0][2][0])
@@ -456,13 +459,14 @@ def test_refused_flags(tmp_path, refused, argv, told):
     assert not (tmp_path / "r").exists()
 
 
-def test_refused_input(tmp_path, refused, tiny_folder, write):  # noqa: F811
+def test_refused_input(tmp_path, refused, tiny_folder):
     assert "--hot is a preset" in refused(carft.main, "--hot", "--model", tiny_folder)
-    bare = write("bare.jsonl", [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(60)])
+    bare = write(tmp_path / "bare.jsonl", [{"question": f"{i}+1?", "answer": str(i + 1)}
+                                           for i in range(60)])
     out = tmp_path / "r"
     told = refused(carft.main, "--model", tiny_folder, "--dataset", bare, "--out", out, "--prompts",
-                   4)
-    assert "0 problems have an annotated CoT" in told
+                   4, "--max_new_tokens", 40)
+    assert "0 of 48 problems have an annotated CoT" in told
     assert not (out / "config.json").exists(), "a refused command leaves no run in the way"
     told = refused(carft.main, "--max_new_tokens", 6, "--out", out)
     assert "--max_new_tokens 6" in told

@@ -11,12 +11,12 @@ THE LOOP                                               code                     
     stage 1: SFT on the annotated CoT, two epochs      warm_up                    [code]
     stage 2, with the SFT policy as the reference:
     1. sample a CoT to each of B questions             common.sample              [code]
-    2. old log-probs, values, vectors; the vectors     look, pool                 [code]
+    2. old log-probs, values, vectors; the vectors     score, pool                [code]
        of the annotated CoT, cached without gradient
     3. reward 1 / partial / 0                          rewards, partial_rewards   [code: reft, v11]
     4. - beta (log pi - log pi_ref) per token, GAE,    kl_shaped_rewards, gae,    [code]
        whitened over the whole batch                   whiten
-    5. twice: L_pg + alpha L_vf + lambda L_cl, AdamW   policy_loss, value_loss,   [code]
+    5. two epochs of L_pg + alpha L_vf + lambda L_cl   policy_loss, value_loss,   [code]
                                                        positive_loss, negative_loss
 
 METHODS  --method   stage 2
@@ -35,9 +35,11 @@ WHAT IS KNOWN OF THE PAPER
         losses (B,) by a mask (B, 1), so that it sums over all rows if any is correct, and (2)
         gathers the negatives without gradient. --code_parity has both
     D2  negatives are all other rows of the rollout batch; the code has those of a micro-batch on
-        all GPUs, 32. The loss couples all rows, so their vectors are taken first, the gradient
-        with respect to them next, and then each micro-batch gets its share: --micro_tokens does
-        not change the gradient [ours]. With --code_parity the sum has B terms, the code's 4
+        all GPUs, 32, and its sum 4 terms where ours with --code_parity has B, so that lambda acts
+        B/4 times as strongly. The loss couples all rows: their vectors are taken first, then the
+        gradient with respect to them, of which each micro-batch passes on its share; --micro_tokens
+        does not change it [ours]. No question is in a batch twice: an epoch's rest is dropped
+        [code], and each question has one annotated CoT
     D3  lambda: the code sweeps {0, .001, .01, .1, 1}; .1 is its config's, .001 its launcher's
         default; which one the paper has is unknown. The tiny model has .01
     D4  vectors pool over token positions, EOS included; PPO acts on the states one before them
@@ -52,7 +54,8 @@ WHAT IS KNOWN OF THE PAPER
         truncated samples are scored on what they contain. "1,080" and "$18" parse here. The
         embedding-enhanced partial reward is .2 + .1 cos, so a larger constant, too
     D9  learning rates fall linearly to 0 over --steps, for all methods [code: by the HF default;
-        ReFT and DrGRPO: constant]; stage 1 likewise; gradient norm 1 [ReFT]
+        ReFT and DrGRPO: constant]; stage 1 likewise. A finished run that is resumed with more
+        --steps starts again on the line to the new end. Gradient norm 1 [ReFT]
     D10 prompts are the code's plain text, not a chat template, also for instruct models; the tiny
         model has its own. A CoT's closing "#### n" becomes the code's closing sentence
     D11 the tiny task's annotators are terse for half of the problems, two operations per step:
@@ -164,7 +167,7 @@ SIZE = 64                  # of a CoT vector [code]
 TEMPERATURE, CEILING = 0.2, 0.9  # tau, and the cosine from which a pair is pulled no more [code]
 CLIP = 0.2                 # of the ratio and of the value [code]
 SFT_BATCH = 64             # annotated CoT per step of stage 1 [code]
-LEVELS, ANNOTATED = "234", 2000  # of the tiny task: 2 to 4 steps, so many annotated CoT [ours]
+LEVELS, ANNOTATED = (2, 3, 4), 2000  # of the tiny task: 2 to 4 steps, so many annotated CoT [ours]
 VECTORS = 256              # held-out CoT in the evaluation of the vectors [ours]
 PROMPT = "Question:\n{question}\nAnswer reasoning:\n"                                   # [code]
 TRIGGER = "\nTherefore, the answer is: "                                                # [code]
@@ -205,11 +208,14 @@ def parse(argv):
     if cfg.method == "carft" and cfg.prompts < 2:
         fail(f"--prompts {cfg.prompts}: the other questions are the negatives, so at least 2")
     if cfg.method != "carft":
-        for name in ("cl_coef", "code_parity"):
-            if getattr(cfg, name):
-                fail(f"--{name}: the contrastive loss is of --method carft, not of {cfg.method}")
+        if cfg.cl_coef:
+            fail(f"--cl_coef: the contrastive loss is of --method carft, not of {cfg.method}")
         if cfg.partial_reward == "embedding":
             fail("--partial_reward embedding: the vectors are trained with --method carft only")
+    if not cfg.cl_coef and (cfg.signal != "positive" or cfg.code_parity):
+        fail("--signal and --code_parity: are of the contrastive loss, which is off here")
+    if cfg.method == "sft" and cfg.sampled_tokens:
+        fail("--sampled_tokens: --method sft samples nothing, give --steps")
     if cfg.hot and cfg.model != "tiny":
         fail("--hot is a preset of the tiny model; give --lr, --vf_coef and --head_only_steps")
     for name in ("kl_coef", "vf_coef", "cl_coef", "head_only_steps", "sft_epochs"):
@@ -220,6 +226,9 @@ def parse(argv):
             fail(f"--{name} {getattr(cfg, name)}: must be positive")
     if not (0 <= cfg.gamma <= 1 and 0 <= cfg.gae_lambda <= 1):
         fail("--gamma and --gae_lambda must be in [0, 1]")
+    if cfg.method in ("carft", "reft") and cfg.steps <= cfg.head_only_steps:
+        print(f"note: only the heads learn, --steps {cfg.steps} does not exceed --head_only_steps "
+              f"{cfg.head_only_steps}")
     return cfg
 
 
@@ -270,23 +279,33 @@ def is_terse(text):
 
 def annotated_cot(problem, cfg, tok):
     """The annotated CoT in the form that SFT teaches, "" if the problem has none (D10, D11)."""
-    if cfg.dataset == "tiny":
-        cot = problem.solution
-        cot = terse(cot) if random.Random(problem.question).random() < 0.5 else cot
-    else:
-        cot = re.sub(r"\s*####[^\n]*\s*$", "", problem.solution)
-    if not cot or tok.chat_template == common.TINY_TEMPLATE and cfg.dataset == "tiny":
+    cot = problem.solution
+    if cfg.dataset == "tiny" and random.Random(problem.question).random() < 0.5:
+        cot = terse(cot)
+    if cfg.dataset == "tiny" and tok.chat_template == common.TINY_TEMPLATE:
         return cot
-    return cot + TRIGGER + problem.answer
+    cot = re.sub(r"\s*####[^\n]*\s*$", "", cot)
+    return cot and cot + TRIGGER + problem.answer
 
 
 def annotate(problems, tok, cfg):
     """-> [(problem, its annotated CoT as a Sample)] of those that have one that a response may be
-    as long as."""
-    texts = [annotated_cot(p, cfg, tok) for p in problems]
-    have = [i for i, text in enumerate(texts) if text]
-    found = as_samples(tok, [problems[i].prompt for i in have], [texts[i] for i in have])
-    return [(problems[i], s) for i, s in zip(have, found) if len(s.tokens) <= cfg.max_new_tokens]
+    as long as; each question once."""
+    texts = {p.question: (p, annotated_cot(p, cfg, tok)) for p in problems}
+    have = [(p, text) for p, text in texts.values() if text]
+    found = as_samples(tok, [p.prompt for p, _ in have], [text for _, text in have])
+    return [(p, s) for (p, _), s in zip(have, found) if len(s.tokens) <= cfg.max_new_tokens]
+
+
+def annotated_set(problems, tok, cfg):
+    """The training problems as `annotate` gives them, enough for a batch; says how many."""
+    train = annotate(problems, tok, cfg)
+    have = (f"{len(train)} of {len(problems)} problems have a question of their own and an "
+            f"annotated CoT (a solution) of at most --max_new_tokens {cfg.max_new_tokens} tokens")
+    print(have)
+    if len(train) < cfg.prompts:
+        fail(f"--dataset {cfg.dataset}: {have}, and every step needs --prompts {cfg.prompts}")
+    return train
 
 
 # -------------------------------------------------------------------------- 3. the paper's maths
@@ -346,27 +365,35 @@ def gae(rho, V, mask, gamma, lam):
 
 def whiten(A, mask):
     """(A - mean) / sqrt(var + 1e-8) over all response tokens of the batch, unbiased. (N, L)"""
-    n = mask.sum()
+    n = mask.sum()  # a lone token keeps its advantage of 0
     centred = (A - (A * mask).sum() / n) * mask
-    return centred / (centred.square().sum() / (n - 1) + 1e-8).sqrt()
+    return centred / (centred.square().sum() / (n - 1).clamp(min=1) + 1e-8).sqrt()
 
 
 def ppo_advantages(r, old_logp, ref_logp, old_V, mask, cfg):
-    """-> whitened advantages, and returns for the critic, which are not. (N, L) each"""
+    """r: (N,), the rest (N, L) -> advantages, whitened, and the critic's returns, which are not"""
     rho = kl_shaped_rewards(r, old_logp, ref_logp, mask, cfg.kl_coef)
     A, R = gae(rho, old_V, mask, cfg.gamma, cfg.gae_lambda)
     return whiten(A, mask), R
 
 
-def policy_loss(logp, old_logp, A, mask, weight):
-    """sum_i weight_i sum_t max(-A w, -A clip(w, .8, 1.2)),  w = pi(a_t) / pi_old(a_t)
+def row_weights(mask, cfg):
+    """What each row counts in the policy loss: PPO 1/(N |y_i|), the mean over a response's tokens
+    and then over responses; Dr.GRPO 1/(N max_new_tokens), whatever the length. (N, L) -> (N,)"""
+    length = mask.sum(1)
+    if cfg.method == "drgrpo":
+        length = torch.full_like(length, cfg.max_new_tokens)
+    return 1 / (len(mask) * length)
 
-    PPO has weight_i = 1/(N |y_i|), a mean over each response and then over responses; Dr.GRPO
-    1/(N max_new_tokens), the same for all lengths. logp, old_logp, A, mask: (n, L); weight: (n,).
-    -> the loss, and the share of clipped ratios per row (n,)
+
+def policy_loss(logp, old_logp, A, mask, weight):
+    """sum_i weight_i sum_t max(-A rho, -A clip(rho, .8, 1.2)),  rho = pi(a_t) / pi_old(a_t)
+
+    logp, old_logp, A, mask: (n, L); weight: (n,) of `row_weights`. -> the loss, and the share of
+    clipped ratios per row (n,)
     """
-    w = ((logp - old_logp) * mask).exp()
-    plain, clipped = -A * w, -A * w.clamp(1 - CLIP, 1 + CLIP)
+    ratio = (logp - old_logp).exp()
+    plain, clipped = -A * ratio, -A * ratio.clamp(1 - CLIP, 1 + CLIP)
     loss = (torch.maximum(plain, clipped) * mask).sum(1)
     return (loss * weight).sum(), ((clipped > plain) * mask).sum(1) / mask.sum(1)
 
@@ -396,7 +423,8 @@ def cosines(a, b):
 
 
 def masked_mean(loss, mask, parity):
-    """sum m l / (sum m + 1e-8); as released (B,) times (B, 1): the sum of all l if any m (D1)."""
+    """sum m l / (sum m + 1e-8); as released, (B,) times (B, 1): the sum of all l if any m (D1).
+    loss: (N,), mask: (N,) bool -> a scalar"""
     if parity:
         return loss.sum() * mask.any()
     return (loss * mask).sum() / (mask.sum() + 1e-8)
@@ -416,24 +444,24 @@ def positive_loss(z_ann, z, right, parity=False):
     return masked_mean(others.logsumexp(1) - pull / TEMPERATURE, right, parity)
 
 
-def negative_loss(z_a, z_c, z_d, anchor, own, parity=False):
+def negative_loss(z_a, z_c, z_d, wrong, present, parity=False):
     """The negative signal, for wrong CoT: what they share with the annotated CoT (z_c) is pulled
     to what that has in addition (z_a), and away from what they have of their own (z_d):
 
         l_i = -log  exp(min(cos(z_a_i, z_c_i), .9) / tau)
                     / [sum_k exp(cos(z_c_i, z_c_k) / tau) + sum_k exp(cos(z_c_i, z_d_k) / tau)]
 
-    z_*: (N, 64); anchor: (N,) bool, rows with a loss; own: (N, 2) bool, which rows have a z_c and
-    a z_d at all (D5). No gradient into z_a, as released into z_d neither. The pair in the numerator
-    is not in the denominator, the term k = i is [code: v7].
+    z_*: (N, 64); wrong: (N,) bool; present: (N, 3) bool, which rows have a z_a, a z_c and a z_d at
+    all (D5). No gradient into z_a, as released into z_d neither. The pair in the numerator is not
+    in the denominator, the term k = i is [code: v7].
     """
-    z_a = z_a.detach()
+    z_a, usable = z_a.detach(), present[:, 0] & present[:, 1]
     pull = F.cosine_similarity(z_a, z_c, dim=-1).clamp(max=CEILING)
-    common_part, own_part = cosines(z_c, z_c), cosines(z_c, z_d.detach() if parity else z_d)
-    others = torch.cat([common_part.masked_fill(~own[:, 0], -math.inf),
-                        own_part.masked_fill(~own[:, 1], -math.inf)], 1) / TEMPERATURE
-    loss = torch.where(anchor, others.logsumexp(1) - pull / TEMPERATURE, 0.0)
-    return masked_mean(loss, anchor, parity)
+    shared, own = cosines(z_c, z_c), cosines(z_c, z_d.detach() if parity else z_d)
+    others = torch.cat([shared.masked_fill(~present[:, 1], -math.inf),
+                        own.masked_fill(~present[:, 2], -math.inf)], 1) / TEMPERATURE
+    loss = torch.where(usable, others.logsumexp(1) - pull / TEMPERATURE, 0.0)
+    return masked_mean(loss, wrong & usable, parity)
 
 
 def common_subsequence(a, b):
@@ -483,11 +511,10 @@ def contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg):
     if cfg.signal in ("positive", "both"):
         signals.append(positive_loss(Z_ann[:, 0], Z[:, 0], right, cfg.code_parity))
     if cfg.signal in ("negative", "both"):
-        own = torch.tensor([[bool(common), bool(own)] for _, common, own in sets])
-        extra = torch.tensor([bool(own) for _, own in sets_ann])
-        own, extra = own.to(Z.device), extra.to(Z.device)
-        signals.append(negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right & own[:, 0] & extra,
-                                     own, cfg.code_parity))
+        present = torch.tensor([[bool(extra), bool(shared), bool(own)] for (_, extra), (
+            _, shared, own) in zip(sets_ann, sets)], device=Z.device)
+        signals.append(negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right, present,
+                                     cfg.code_parity))
     return sum(signals) / len(signals)
 
 
@@ -501,19 +528,24 @@ def contrastive_gradient(Z, *rest):
 
 def group_advantages(r):
     """Dr.GRPO: A_i = r_i - mean r inside each group, not divided by the std. (B, G) -> (B, G)"""
+    r = r - r[:, :1]  # so that no rounding of the mean makes contrast of none
     return r - r.mean(1, keepdim=True)
 
 
 # --------------------------------------------------------------------------------- 4. evaluation
 
 
-def cosine_statistics(z_ann, z, right):
-    """Mean cosine of the vectors of sampled CoT to annotated ones: of the same question, correct or
-    wrong, and of different questions. (n, 64), (n, 64), (n,) bool -> a dict; nothing of nothing"""
+def cosine_parts(z_ann, z, right):
+    """Cosines of the vectors of sampled CoT to annotated ones: of the same question, correct or
+    wrong, and of different questions. (n, 64), (n, 64), (n,) bool -> a dict of 1-d tensors"""
     cos = cosines(z_ann, z)
     same = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    parts = {"cos_correct": cos[same][right], "cos_wrong": cos[same][~right],
-             "cos_other": cos[~same]}
+    return {"cos_correct": cos[same][right], "cos_wrong": cos[same][~right],
+            "cos_other": cos[~same]}
+
+
+def cosine_statistics(parts):
+    """Their means; nothing of nothing."""
     return {name: part.mean().item() for name, part in parts.items() if len(part)}
 
 
@@ -523,17 +555,15 @@ def evaluate_vectors(policy, heads, tok, pairs, cfg, folder):
     drawn = sample(policy, tok, [p.prompt for p, _ in pairs], 1, cfg.max_new_tokens,
                    cfg.temperature, generator)
     right = torch.tensor([correct(s.text, p) for s, (p, _) in zip(drawn, pairs)])
-    z, z_ann = (look(policy, heads, samples, [[columns(s)] for s in samples], cfg)[2][:, 0]
+    z, z_ann = (score(policy, heads, samples, [[columns(s)] for s in samples], cfg, False)[2][:, 0]
                 for samples in (drawn, [s for _, s in pairs]))
-    cos = cosines(z_ann, z).cpu()
-    same = torch.eye(len(z), dtype=torch.bool)
-    draw_vectors(f"{folder}/vectors.png", {"correct": cos[same][right], "wrong": cos[same][~right],
-                                           "other questions": cos[~same]})
-    return cosine_statistics(z_ann.cpu(), z.cpu(), right)
+    parts = cosine_parts(z_ann.cpu(), z.cpu(), right)
+    draw_vectors(f"{folder}/vectors.png", parts)
+    return cosine_statistics(parts)
 
 
-def draw_vectors(path, cosine):
-    """The picture: histograms of the cosine between annotated and sampled CoT, by kind of pair."""
+def draw_vectors(path, parts):
+    """The picture: histograms of the cosines, by kind of pair; `parts` of `cosine_parts`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -541,10 +571,10 @@ def draw_vectors(path, cosine):
 
     fig, ax = plt.subplots(figsize=(5.6, 3.6))
     edges = torch.linspace(-1, 1, 51).tolist()
-    for name, values in cosine.items():
-        if len(values):
-            ax.hist(values.tolist(), edges, alpha=0.6, density=True,
-                    label=f"{name}: mean {values.mean():.2f} ({len(values)})")
+    for label, part in zip(("correct", "wrong", "other questions"), parts.values()):
+        if len(part):
+            ax.hist(part.tolist(), edges, alpha=0.6, density=True,
+                    label=f"{label}: mean {part.mean():.2f} ({len(part)})")
     ax.set(title="annotated and sampled CoT, each kind of area 1", xlabel="cosine of the vectors")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
@@ -560,14 +590,14 @@ def scope_mask(sets, length, device):
     """n times K lists of columns -> (n, K, length) bool"""
     mask = torch.zeros(len(sets), len(sets[0]), length, dtype=torch.bool)
     for i, row in enumerate(sets):
-        for k, columns in enumerate(row):
-            mask[i, k, columns] = True
+        for k, one in enumerate(row):
+            mask[i, k, one] = True
     return mask.to(device)
 
 
 @torch.no_grad()
-def look(policy, heads, samples, sets, cfg, logps=True):
-    """What the current policy and heads make of N samples, without gradient.
+def score(policy, heads, samples, sets, cfg, logps=True):
+    """N samples under the current policy and heads, without gradient.
 
     -> log-probs (N, L), zero unless asked for; state values (N, L); vectors (N, K, 64)
     """
@@ -607,11 +637,13 @@ def warm_up(policy, tok, train, cfg, folder):
     for step in tqdm(range(1, steps + 1), desc="stage 1, SFT", disable=None):
         samples = [s for _, s in islice(stream, SFT_BATCH)]
         rate = cfg.sft_lr * (1 - (step - 1) / steps)
-        losses.append(sft_step(policy, samples, opt, cfg, step, [rate])[0])
+        losses.append(sft_step(policy, samples, opt, cfg, f"{step} of stage 1", [rate])[0])
     print(f"stage 1: SFT on {len(train)} annotated CoT, {steps} steps, loss {losses[0]:.3f} -> "
           f"{losses[-1]:.3f}; kept in {folder}/")
+    opt.release()
     if cfg.lora:
         policy = policy.merge_and_unload()
+        policy.name_or_path = str(folder)  # what the adapters in model/ are for
     save_folder(folder, lambda to: (policy.save_pretrained(to), tok.save_pretrained(to)))
     seed_everything(cfg)
     return add_adapters(policy) if cfg.lora else policy
@@ -627,16 +659,9 @@ def learning_rates(step, cfg):
 def main(argv=None):
     cfg = parse(argv)
     run = Run(cfg, "carft", METRICS, CURVES)
-    sft = run.folder / "sft"
-    policy, tok, problems, held_out, _ = set_up(cfg, sft if sft.is_dir() else None, PROMPT)
-    if cfg.dataset == "tiny":
-        problems, held_out = ([p for p in x if p.level in LEVELS] for x in (problems, held_out))
-        problems = problems[:ANNOTATED]
-    train = annotate(problems, tok, cfg)
-    if len(train) < cfg.prompts:
-        fail(f"--dataset {cfg.dataset}: {len(train)} of {len(problems)} problems have an annotated "
-             f"CoT (a solution) of at most --max_new_tokens {cfg.max_new_tokens} tokens, and every "
-             f"step needs --prompts {cfg.prompts}")
+    sft = run.folder.resolve() / "sft"
+    policy, tok, problems, held_out, _ = set_up(cfg, sft if sft.is_dir() else None, PROMPT, LEVELS)
+    train = annotated_set(problems[:ANNOTATED if cfg.dataset == "tiny" else None], tok, cfg)
     run.open()
 
     # stage 1
@@ -659,6 +684,8 @@ def main(argv=None):
     state = run.start(trained, opt, test)
     for step in run.steps(state):
         rates = learning_rates(step, cfg)
+        rest = -state["position"] % len(train)  # of the epoch; too few for a batch are dropped
+        state["position"] += rest if rest < cfg.prompts else 0
         stream = problem_stream(train, state["position"], cfg.seed)
         problems, annotated = zip(*islice(stream, cfg.prompts))
         state["position"] += cfg.prompts
@@ -677,34 +704,33 @@ def main(argv=None):
         # 2. log-probs, values and vectors of the old policy; annotated vectors for all epochs
         sets, sets_ann = zip(*(token_sets(s, annotated[i // cfg.group], cfg)
                                for i, s in enumerate(batch)))
-        Z_ann = None
         if ppo or cfg.ppo_epochs > 1:
-            old_logp, old_V, old_Z = look(policy, heads, batch, sets, cfg)           # (N, L) (N, L)
+            old_logp, old_V, old_Z = score(policy, heads, batch, sets, cfg)          # (N, L) (N, L)
         if contrast or cfg.partial_reward == "embedding":
-            Z_ann = look(policy, heads, annotated, sets_ann, cfg, logps=False)[2]    # (N, K', 64)
+            Z_ann = score(policy, heads, annotated, sets_ann, cfg, logps=False)[2]   # (N, K', 64)
 
         # 3. reward
-        cos = (torch.zeros(n, device=cfg.device) if Z_ann is None else
-               F.cosine_similarity(Z_ann[:, 0], old_Z[:, 0]))
+        cos = torch.zeros(n, device=cfg.device)
+        if cfg.partial_reward == "embedding":
+            cos = F.cosine_similarity(Z_ann[:, 0], old_Z[:, 0])
         r = rewards(right, number, partial_rewards(cfg.partial_reward, cos))         # (N,)
 
-        # 4. advantages of tokens, and the weights of rows in the loss
+        # 4. advantages of tokens, weights of rows
         if ppo:
             with reference_policy(policy, reference) as ref:
                 ref_logp = batch_logps(ref, batch, cfg)                              # (N, L)
             A, R = ppo_advantages(r, old_logp, ref_logp, old_V, mask, cfg)           # (N, L) each
-            weight = 1 / (n * mask.sum(1))                                           # (N,)
         else:
             A = group_advantages(r.view(-1, cfg.group)).view(-1, 1) * mask           # (N, L)
-            weight = torch.full((n,), 1 / (n * cfg.max_new_tokens), device=cfg.device)
+        weight = row_weights(mask, cfg)                                              # (N,)
 
         # 5. one optimizer step per epoch; a row without advantage (drgrpo) needs no forward
-        losses, norms, seen = [], [], []
+        losses, norms, trained_rows = [], [], []
         active = [i for i in range(n) if ppo or A[i].any()]
         for epoch in range(cfg.ppo_epochs):
             L_pg, L_vf, L_cl = 0.0, 0.0, 0.0
             if contrast:
-                Z = look(policy, heads, batch, sets, cfg, logps=False)[2] if epoch else old_Z
+                Z = score(policy, heads, batch, sets, cfg, logps=False)[2] if epoch else old_Z
                 L_cl, dZ = contrastive_gradient(Z, Z_ann, sets, sets_ann, right, cfg)
             for micro in micro_batches([batch[i] for i in active], cfg.micro_tokens):
                 rows = [active[j] for j in micro]
@@ -724,18 +750,18 @@ def main(argv=None):
                     z = pool(V, e, scope_mask([sets[i] for i in rows], w, cfg.device))
                     loss = loss + cfg.cl_coef * (z * dZ[rows]).sum()
                 loss.backward()
-                seen += zip([epoch] * len(rows), rows, logp.tolist(), cut.tolist())
+                trained_rows += zip([epoch] * len(rows), rows, logp.tolist(), cut.tolist())
             norms.append(update(opt, cfg, step, L_pg + L_vf + L_cl, rates))
             losses.append((L_pg, L_vf, L_cl))
 
         state["tokens"] += sum(len(s.tokens) for s in batch)
         values = {"reward/mean": r.mean().item(), "optim/grad_norm": max(norms)}
-        values |= step_statistics(batch, right, seen, losses, cfg, state["tokens"])
+        values |= step_statistics(batch, right, trained_rows, losses, cfg, state["tokens"])
         if ppo:
             values |= critic_statistics(old_logp, ref_logp, old_V, R, mask)
         if contrast:
-            cosine = cosine_statistics(Z_ann[:, 0], old_Z[:, 0], right)
-            values |= {f"cl/{name}": value for name, value in cosine.items()}
+            found = cosine_statistics(cosine_parts(Z_ann[:, 0], old_Z[:, 0], right))
+            values |= {f"cl/{name}": value for name, value in found.items()}
         examples = [{"prompt": problems[i // cfg.group].question, "response": batch[i].text,
                      "reward": r[i].item(), "annotated": annotated[i // cfg.group].text}
                     for i in range(0, n, cfg.group)][:4]
@@ -743,18 +769,18 @@ def main(argv=None):
     run.finish(state, policy, tok, test)
 
 
-def step_statistics(batch, right, seen, losses, cfg, tokens):
+def step_statistics(batch, right, trained_rows, losses, cfg, tokens):
     """What a step's METRICS say about the sampled CoT and the training on them.
 
-    `seen` holds per trained row and epoch: epoch, index, log-probs (L), share of clipped ratios;
+    `trained_rows` holds per row and epoch: epoch, index, log-probs (L), share of clipped ratios;
     `losses` per epoch L_pg, L_vf, L_cl.
     """
     values = sampling_statistics(batch, right.tolist(), cfg.group, tokens)
-    if seen:
-        values["policy/mismatch"] = max(abs(a - b) for epoch, i, logp, _ in seen if epoch == 0
-                                        for a, b in zip(response_part(batch[i], logp),
-                                                        batch[i].logps))
-        values["policy/clipped"] = statistics.fmean(cut for _, _, _, cut in seen)
+    if trained_rows:
+        values["policy/mismatch"] = max(
+            abs(a - b) for epoch, i, logp, _ in trained_rows if epoch == 0
+            for a, b in zip(response_part(batch[i], logp), batch[i].logps))
+        values["policy/clipped"] = statistics.fmean(cut for *_, cut in trained_rows)
     if cfg.dataset == "tiny":
         values["sample/terse"] = statistics.fmean(is_terse(s.text) for s in batch)
     on = (True, cfg.method in ("carft", "reft"), cfg.cl_coef > 0)
@@ -765,11 +791,13 @@ def step_statistics(batch, right, seen, losses, cfg, tokens):
 
 
 def critic_statistics(old_logp, ref_logp, V, R, mask):
-    """The KL to the reference, and how good the critic is: 1 - var(R - V) / var(R) over tokens."""
-    kl = ((old_logp - ref_logp) * mask).sum(1).mean().item()
+    """The KL to the reference, and how good the critic is: 1 - var(R - V) / var(R) over tokens,
+    if the returns R differ at all. (N, L) each"""
+    values = {"policy/kl": ((old_logp - ref_logp) * mask).sum(1).mean().item()}
     R, V = R[mask > 0], V[mask > 0]
-    return {"policy/kl": kl, "value/explained":
-            1 - ((R - V).var() / R.var().clamp(min=1e-8)).item()}
+    if R.max() > R.min():
+        values["value/explained"] = 1 - ((R - V).var() / R.var()).item()
+    return values
 
 
 if __name__ == "__main__":

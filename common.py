@@ -351,10 +351,15 @@ class MasterAdamW(torch.optim.AdamW):
                   for group in weights]
         self.masters = sum(groups, [])
         self.pairs = [(p, m) for p, m in zip(sum(weights, []), self.masters) if p is not m]
-        for p, m in self.pairs:
-            p.register_post_accumulate_grad_hook(lambda p, m=m: self.collect(p, m))
+        self.hooks = [p.register_post_accumulate_grad_hook(lambda p, m=m: self.collect(p, m))
+                      for p, m in self.pairs]
         groups = [{"params": g} for g in groups]
         super().__init__(groups, lr=lr, weight_decay=0.0)  # no decay [ours]
+
+    def release(self):
+        """Lets go of the weights, so that another optimizer can have them."""
+        for hook in self.hooks:
+            hook.remove()
 
     @staticmethod
     def collect(p, m):
@@ -506,11 +511,11 @@ def to_problems(rows, what):
     return good
 
 
-def load_problems(cfg):
-    """-> (training problems, held-out problems); the two share no question."""
+def load_problems(cfg, levels=None):
+    """-> (training problems, held-out problems); the two share no question. `levels`: of tiny."""
     def load(name, split, flag):
         if name == "tiny":
-            return tiny_problems(TINY_LEVELS, split)
+            return tiny_problems(levels or TINY_LEVELS, split)
         rows = read_rows(name, split, flag)
         return rows and to_problems(rows, f"{flag} {name}")
 
@@ -563,12 +568,13 @@ def encode_prompts(problems, model, tok, instruction, max_new_tokens, what, plai
     return kept
 
 
-def set_up(cfg, path=None, plain=None):
+def set_up(cfg, path=None, plain=None, levels=None):
     """Seeds, loads, renders: -> policy (from the folder `path`, or cfg.model), tokenizer, training
     problems, held-out problems, and the instruction that follows their questions. `plain`: the
-    paper's own prompt, see `encode_prompts`; the tiny model knows its template only."""
+    paper's own prompt, see `encode_prompts`; the tiny model knows its template only. `levels`: of
+    the tiny problems."""
     seed_everything(cfg)
-    train, held_out = load_problems(cfg)
+    train, held_out = load_problems(cfg, levels)
     policy, tok = load_model(str(path or cfg.model), cfg, cfg.lora)
     instruction = instruction_for(train, cfg.dataset, tok)
     plain = None if tok.chat_template == TINY_TEMPLATE else plain
@@ -1263,8 +1269,7 @@ class Run:
         self.open()
         state = self.restore(model, opt)
         if state is None:
-            state = {"step": 0, "position": 0, "tokens": 0, "train_cpu_seconds": 0.0,
-                     "before": evaluate()}
+            state = {"step": 0, "position": 0, "tokens": 0, "before": evaluate()}
             self.log(0, **{f"eval/{k}": v for k, v in state["before"].items()})
             self.report(0, state["before"])
         return state
@@ -1286,7 +1291,8 @@ class Run:
     def end_step(self, state, values, samples, model, opt, evaluate):
         """Logs a step; evaluates, checkpoints and draws where it is due."""
         cfg, step = self.cfg, state["step"]
-        state["train_cpu_seconds"] += time.process_time() - self.step_started
+        spent = time.process_time() - self.step_started
+        state["train_cpu_seconds"] = state.get("train_cpu_seconds", 0.0) + spent
         last = step == cfg.steps or self.sampled_enough(state)
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
             state |= {"after": evaluate(), "evaluated": step}
@@ -1342,7 +1348,7 @@ class Run:
         self.draw_curves()
         summary = {"script": self.script, "method": self.cfg.method, "model": self.cfg.model,
                    "seed": self.cfg.seed, "steps": state["step"], "seconds": self.seconds(),
-                   "train_cpu_seconds": state["train_cpu_seconds"], "before": before,
+                   "train_cpu_seconds": state.get("train_cpu_seconds", 0.0), "before": before,
                    "after": after}
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
         print(f"\n{'held-out':<18}{'before':>8}{'after':>8}")

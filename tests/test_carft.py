@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import AutoPeftModelForCausalLM
 from test_common import GSM, llama_folder, write  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
@@ -55,7 +56,8 @@ def test_run_folder(tmp_path, capsys):
     folder = tmp_path / "r"
     rows = run(folder)
     printed = capsys.readouterr().out
-    assert "stage 1: SFT on 180 annotated CoT, 2 steps, loss" in printed
+    assert "300 of 300 problems have" in printed
+    assert "stage 1: SFT on 300 annotated CoT, 4 steps, loss" in printed
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
     config = json.loads((folder / "config.json").read_text())["config"]
     assert (config["head"], config["cl_coef"], config["group"]) == ("shared", .01, 1)
@@ -160,9 +162,9 @@ def test_sft_is_cross_entropy_on_the_annotated_cot(policy, tiny):
 
 
 def test_sft_continues_where_stage_1_ended(tmp_path):
-    rows = run(tmp_path / "r", "--method", "sft", "--sft_epochs", 4, steps=12)
+    rows = run(tmp_path / "r", "--method", "sft", "--lr", 1e-3, steps=20)
     losses = [r["sft/loss"] for r in rows[1:]]
-    assert sum(losses[-3:]) < sum(losses[:3]), "it goes on learning"
+    assert sum(losses[-4:]) < sum(losses[:4]) - .5, "it goes on learning"
     assert not {"reward/mean", "sample/tokens"} & set(rows[5])
 
 
@@ -173,6 +175,31 @@ def test_the_critic_starts_alone(tmp_path):
     assert state["1.value.weight"].abs().max() > 0, "it starts at zero"
     run(tmp_path / "d", "--head_only_steps", 3, "--method", "drgrpo", "--group", 4)
     assert not torch.equal(weights(tmp_path / "d" / "model"), weights(tmp_path / "d" / "sft"))
+
+
+def test_stage_1_decays_its_rate_and_shuffles(tmp_path, monkeypatch):
+    calls = spy(monkeypatch, "sft_step")
+    run(tmp_path / "r", "--sft_epochs", 2, steps=1)
+    rates = [a[5][0] for a, _ in calls]
+    assert rates == pytest.approx([1e-3 * (1 - i / 9) for i in range(9)])
+    met = [s.prompt for a, _ in calls for s in a[1]]
+    assert len(set(met[:300])) == 300 and met[:200] != met[300:500]
+
+
+@pytest.mark.parametrize("argv", [["--method", "carft"], ["--method", "sft"], ["--lora"]])
+def test_both_stages_in_bfloat16(tmp_path, argv, monkeypatch, tiny_folder):
+    """As on CUDA: two optimizers in turn, each with float32 copies of the weights it trains."""
+    load = common.load_model
+
+    def in_bfloat16(*a, **k):
+        model, tok = load(*a, **k)
+        return model.bfloat16(), tok
+
+    monkeypatch.setattr(common, "load_model", in_bfloat16)
+    rows = run(tmp_path / "r", *argv, "--model", tiny_folder, "--dataset", "tiny", "--sft_lr",
+               1e-3, "--lr", 1e-3, steps=2)
+    assert rows[2]["optim/grad_norm"] > 0
+    assert not torch.equal(weights(tmp_path / "r" / "sft"), weights(tiny_folder))
 
 
 def test_no_stage_1(tmp_path):
@@ -214,7 +241,7 @@ def test_the_micro_batches_carry_the_gradient_of_the_whole_loss(policy, tiny, si
     heads = carft.Heads(96, "shared")
     torch.nn.init.normal_(heads.value.weight)
     sets, sets_ann = zip(*(carft.token_sets(s, a, cfg) for s, a in zip(batch, annotated)))
-    Z_ann = carft.look(policy, heads, annotated, sets_ann, cfg, logps=False)[2]
+    Z_ann = carft.score(policy, heads, annotated, sets_ann, cfg, logps=False)[2]
     assert not Z_ann.requires_grad
 
     ids, _ = common.collate(batch, "cpu")
@@ -225,7 +252,7 @@ def test_the_micro_batches_carry_the_gradient_of_the_whole_loss(policy, tiny, si
     expected = {k: p.grad.clone() for k, p in both.named_parameters() if p.grad is not None}
     both.zero_grad()
 
-    _, dZ = carft.contrastive_gradient(carft.look(policy, heads, batch, sets, cfg)[2], Z_ann, sets,
+    _, dZ = carft.contrastive_gradient(carft.score(policy, heads, batch, sets, cfg)[2], Z_ann, sets,
                                        sets_ann, right, cfg)
     for rows in common.micro_batches(batch, 60):
         ids, _ = common.collate([batch[i] for i in rows], "cpu")
@@ -290,13 +317,63 @@ def test_reft_is_carft_without_contrast_on_a_linear_critic(tmp_path):
 
 
 def test_embedding_enhanced_reward(tmp_path, monkeypatch):
-    calls = spy(monkeypatch, "rewards")
+    calls, vectors = spy(monkeypatch, "rewards"), spy(monkeypatch, "contrastive_gradient")
     run(tmp_path / "r", "--partial_reward", "embedding", steps=2)
-    for (right, number, partial), r in calls:
+    for ((right, number, partial), r), ((Z, Z_ann, *_), _) in zip(calls, vectors[::2]):
+        cos = F.cosine_similarity(Z_ann[:, 0], Z[:, 0])
+        assert torch.allclose(partial, .2 + .1 * cos)
         assert number.all() and 0 < right.sum() < 8
         assert ((r == 1) == right).all() and ((r[~right] >= .1) & (r[~right] <= .3)).all()
         assert len(set(partial.tolist())) > 4, "from each CoT's own cosine"
         assert r[~right].tolist() == partial[~right].tolist()
+
+
+def test_the_contrast_is_minimised(tmp_path):
+    """With nothing else in the loss (the critic's is 0, all rewards are equal, no KL)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(carft, "answer_of", lambda text, problem: (True, True))
+        rows = run(tmp_path / "r", "--cl_coef", 1, "--vf_coef", 0, "--kl_coef", 0, "--lr", 1e-3,
+                   "--prompts", 32, steps=15)
+    losses = [r["cl/loss"] for r in rows[1:]]
+    assert sum(losses[-3:]) < sum(losses[:3]) - 1
+    assert rows[-1]["cl/cos_other"] < rows[1]["cl/cos_other"] - .2
+
+
+def test_every_row_meets_its_own_problem_and_annotation(tmp_path, monkeypatch):
+    answers, quick = [], carft.answer_of
+
+    def recorded(text, problem):
+        answers.append((text, problem.prompt))
+        return quick(text, problem)
+
+    monkeypatch.setattr(carft, "answer_of", recorded)
+    samples, scored = spy(monkeypatch, "sample"), spy(monkeypatch, "score")
+    run(tmp_path / "r", steps=1)
+    batch = next(found for a, found in samples if a[5] > 0 and len(a[2]) == 8)
+    judged = [(s.text, s.prompt) for s in batch]
+    assert any(answers[i:i + 8] == judged for i in range(len(answers)))
+    annotated, sets = next(a[2:4] for a, _ in scored if len(a[2]) == 8 and a[2] is not batch)
+    for s, own, (cot,) in zip(batch, annotated, sets):
+        assert own.prompt == s.prompt and cot == carft.columns(own)
+        assert "####" in own.text
+
+
+def test_no_question_is_in_a_batch_twice(tmp_path, monkeypatch):
+    samples = spy(monkeypatch, "sample")
+    monkeypatch.setattr(carft, "ANNOTATED", 20)  # an epoch is two batches of 8, four are dropped
+    run(tmp_path / "r", steps=5)
+    batches = [a[2] for a, _ in samples if a[5] == 1. and len(a[2]) == 8]
+    assert len(batches) == 5
+    for first, second in zip(batches[::2], batches[1::2]):
+        assert len({*first, *second}) == 16
+    assert all(len(set(b)) == 8 for b in batches)
+
+
+def test_log_probs_are_at_the_sampling_temperature(tmp_path):
+    for method in ("carft", "drgrpo"):
+        rows = run(tmp_path / method, "--temperature", .6, "--method", method,
+                   *(["--group", 4] if method == "drgrpo" else []), steps=2)
+        assert all(r["policy/mismatch"] < 1e-4 for r in rows[1:])
 
 
 def test_drgrpo(tmp_path, monkeypatch):
@@ -351,9 +428,19 @@ def test_lora(tmp_path, monkeypatch, tiny_folder, tiny):
         "1.projection.weight", "1.projection.bias", "1.value.weight", "1.value.bias"}
     assert all("lora" in k for k in state if k.startswith("0.")), "else only adapters are trained"
     assert state["1.value.weight"].abs().max() > 0
-    assert (folder / "model" / "adapter_config.json").exists()
+    # model/ is an adapter on sft/: loaded with peft it is the trained policy
     adapter = json.loads((folder / "model" / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"]
+    assert adapter["base_model_name_or_path"] == str(folder.resolve() / "sft")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(folder / "model")
+    trained = common.add_adapters(merged)
+    names = {n: f"0.{n}" for n, p in trained.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for n, p in trained.named_parameters():
+            if n in names:
+                p.copy_(state[names[n]])
+    assert torch.allclose(common.batch_logps(loaded, batch, cfg),
+                          common.batch_logps(trained, batch, cfg), atol=1e-5)
+    assert not torch.allclose(common.batch_logps(loaded, batch, cfg), sft, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------- resume
@@ -434,6 +521,11 @@ def test_targets():
     assert carft.annotated_cot(p, cfg, tok) == \
         "48/2 = 24\n24+48 = 72\nTherefore, the answer is: 72"
     assert carft.annotated_cot(common.Problem("q", "72"), cfg, tok) == ""
+    tiny = SimpleNamespace(dataset="tiny")  # with another model's tokenizer
+    p = common.Problem("q", "3", "1+2=3\n#### 3")
+    assert carft.annotated_cot(p, tiny, tok) == "1+2=3\nTherefore, the answer is: 3"
+    assert carft.annotated_cot(p, tiny, SimpleNamespace(
+        chat_template=common.TINY_TEMPLATE)) == "1+2=3\n#### 3"
     p = common.Problem("q", "203.0", "29 * 7 = 203\n\nTherefore, the answer is <203>.")
     text = carft.annotated_cot(p, cfg, tok)
     assert text.endswith("is <203>.\nTherefore, the answer is: 203.0")
@@ -449,6 +541,9 @@ def test_targets():
     (["--prompts", 1], "the other questions are the negatives"),
     (["--method", "reft", "--cl_coef", .1], "--cl_coef: the contrastive loss is of --method carft"),
     (["--method", "sft", "--code_parity"], "--code_parity"),
+    (["--method", "reft", "--signal", "both"], "--signal"),
+    (["--cl_coef", 0, "--signal", "negative"], "which is off here"),
+    (["--method", "sft", "--sampled_tokens", 9], "--sampled_tokens"),
     (["--method", "reft", "--partial_reward", "embedding"], "--partial_reward embedding"),
     (["--vf_coef", -1], "--vf_coef -1.0"), (["--cl_coef", "nan"], "--cl_coef nan"),
     (["--head_lr", 0], "--head_lr 0.0"), (["--gamma", 1.5], "--gamma"),

@@ -14,6 +14,7 @@ from carft import (
     common_subsequence,
     contrastive_loss,
     correct,
+    cosine_parts,
     cosine_statistics,
     cosines,
     critic_statistics,
@@ -28,6 +29,7 @@ from carft import (
     pool,
     positive_loss,
     rewards,
+    row_weights,
     scope_mask,
     state_values,
     terse,
@@ -91,24 +93,28 @@ def test_an_empty_token_set_is_a_zero_vector_and_takes_no_part():
     # row 1 has no own tokens: it is in no denominator, whatever its vector
     torch.manual_seed(0)
     z_a, z_c, z_d = torch.randn(3, 3, 4)
-    own = torch.tensor([[True, True], [True, False], [True, True]])
-    anchor = torch.tensor([True, False, True])
-    before = negative_loss(z_a, z_c, z_d, anchor, own)
+    present = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
+    wrong = torch.tensor([True, False, True])
+    before = negative_loss(z_a, z_c, z_d, wrong, present)
     z_d[1] = torch.randn(4)
-    assert negative_loss(z_a, z_c, z_d, anchor, own) == before
+    assert negative_loss(z_a, z_c, z_d, wrong, present) == before
     z_d[2] = torch.randn(4)
-    assert negative_loss(z_a, z_c, z_d, anchor, own) != before
-    # and without any common token a row has no anchor and no part in the first sum
-    own, anchor = own.clone(), torch.tensor([True, False, False])
-    own[2, 0] = False
-    before = negative_loss(z_a, z_c, z_d, anchor, own)
+    assert negative_loss(z_a, z_c, z_d, wrong, present) != before
+    # without any common token a row has neither a loss nor a part in the first sum
+    present[2, 1] = False
+    before = negative_loss(z_a, z_c, z_d, wrong, present)
     z_c[2] = torch.randn(4)
-    assert negative_loss(z_a, z_c, z_d, anchor, own) == before
-    none = torch.zeros(3, dtype=torch.bool)
-    z_c = z_c.requires_grad_()
-    loss = negative_loss(z_a, z_c, z_d, none, torch.zeros(3, 2, dtype=torch.bool))
-    loss.backward()
-    assert loss == 0 and (z_c.grad == 0).all()
+    assert negative_loss(z_a, z_c, z_d, wrong, present) == before
+    wrong[2] = False
+    assert negative_loss(z_a, z_c, z_d, wrong, present) == before
+    # nor has a row whose annotated CoT has nothing in addition a loss
+    present[1, 0], wrong[1] = False, True
+    assert negative_loss(z_a, z_c, z_d, wrong, present) == before
+    for parity in (False, True):
+        c = z_c.clone().requires_grad_()
+        loss = negative_loss(z_a, c, z_d, wrong, torch.zeros(3, 3, dtype=torch.bool), parity)
+        loss.backward()
+        assert loss == 0 and (c.grad == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
@@ -126,6 +132,10 @@ def test_heads(kind):
     assert (e < 0).any(), "the embedding is taken before the ReLU"
     x = e.clamp(min=0) if kind == "shared" else h
     assert torch.allclose(v, x @ heads.value.weight[0] + .5, atol=1e-5)
+    for part in (0, 1):  # both reach the policy
+        h = torch.randn(2, 3, 10, requires_grad=True)
+        heads(h)[part].sum().backward()
+        assert (h.grad != 0).any(2).all()
 
 
 # ------------------------------------------------------------------------------ the positive signal
@@ -211,7 +221,7 @@ def test_n_identical_vectors_give_log_n(monkeypatch):
 # ------------------------------------------------------------------------------ the negative signal
 
 Z_A, Z_C, Z_D = rows((1, 0), (0, 1)), rows((.8, .6), (.6, .8)), rows((-1, .2), (.5, -1))
-ALL = torch.ones(2, 2, dtype=torch.bool)
+ALL = torch.ones(2, 3, dtype=torch.bool)
 
 
 def test_negative_loss_by_hand():
@@ -228,6 +238,8 @@ def test_negative_loss_by_hand():
     first = torch.tensor([True, False])
     assert negative_loss(Z_A, Z_C, Z_D, ~both, ALL, parity=True) == 0
     assert negative_loss(Z_A, Z_C, Z_D, first, ALL).item() == pytest.approx(1.5998, abs=1e-4)
+    assert negative_loss(Z_A, Z_C, Z_D, first, ALL, parity=True).item() == pytest.approx(
+        3.1988, abs=1e-4), "as released: of all rows, if any is wrong"
 
 
 @pytest.mark.parametrize("parity", [False, True])
@@ -235,7 +247,7 @@ def test_negative_loss_gradients(parity):
     torch.manual_seed(0)
     a, c, d = (torch.randn(6, 8).requires_grad_() for _ in range(3))
     anchor = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
-    own = torch.ones(6, 2, dtype=torch.bool)
+    own = torch.ones(6, 3, dtype=torch.bool)
     negative_loss(a, c, d, anchor, own, parity).backward()
     assert a.grad is None, "no gradient into the annotated vectors"
     assert (c.grad != 0).any(1).all(), "z_c has gradient in the denominator in both forms"
@@ -257,7 +269,7 @@ def test_negative_loss_formula():
         losses.append(-math.log(pull / (sum(math.exp(cos(c[i], c[k]) / .2) for k in range(4))
                                         + sum(math.exp(cos(c[i], d[k]) / .2) for k in range(4)))))
     anchor = torch.tensor([True, False, True, True])
-    own = torch.ones(4, 2, dtype=torch.bool)
+    own = torch.ones(4, 3, dtype=torch.bool)
     expected = (losses[0] + losses[2] + losses[3]) / 3
     assert negative_loss(a, c, d, anchor, own).item() == approx(expected)
 
@@ -266,7 +278,7 @@ def test_negative_pull_ends_at_the_ceiling():
     a = rows((1, 0), (0, 1))
     near, far = rows((1, .1), (.1, 1)), rows((1, 1), (1, 1))
     d = torch.zeros(2, 2)
-    own = torch.tensor([[True, False], [False, False]])
+    own = torch.tensor([[True, True, False], [True, False, False]])
     only = torch.tensor([True, False])
     still, moved = (gradient(lambda c: negative_loss(a, c, d, only, own), x)[1]  # noqa: B023
                     for x in (near, far))
@@ -318,20 +330,23 @@ def test_the_signals_are_put_together():
     right = torch.tensor([True, False, False, False])
     sets = [[[5], [5], [6]], [[5], [5], [6]], [[5], [], [6]], [[5], [5], []]]
     sets_ann = [[[5], [6]], [[5], [6]], [[5], [6]], [[5], [6]]]
-    own = torch.tensor([[1, 1], [1, 1], [0, 1], [1, 0]], dtype=torch.bool)
+    own = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=torch.bool)
     of = {s: contrastive_loss(Z, Z_ann, sets, sets_ann, right,
                               SimpleNamespace(signal=s, code_parity=False)).item()
           for s in ("positive", "negative", "both")}
     assert of["positive"] == approx(positive_loss(Z_ann[:, 0], Z[:, 0], right).item())
-    anchor = torch.tensor([False, True, False, True])  # wrong, with something in common
     assert of["negative"] == approx(
-        negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], anchor, own).item())
+        negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right, own).item())
     assert of["both"] == approx((of["positive"] + of["negative"]) / 2)
-    sets_ann[3] = [[5], []]  # the annotation has nothing in addition: no anchor
-    anchor[3] = False
-    cfg = SimpleNamespace(signal="negative", code_parity=False)
-    assert contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg).item() == approx(
-        negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], anchor, own).item())
+    sets_ann[3] = [[5], []]  # the annotation has nothing in addition
+    own[3, 0] = False
+    for parity in (False, True):
+        cfg = SimpleNamespace(signal="negative", code_parity=parity)
+        assert contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg).item() == approx(
+            negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right, own, parity).item())
+        cfg.signal = "positive"
+        assert contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg).item() == approx(
+            positive_loss(Z_ann[:, 0], Z[:, 0], right, parity).item())
 
 
 # ----------------------------------------------------------------------------------------- PPO
@@ -401,6 +416,7 @@ def test_whitening_is_of_all_tokens_of_the_batch():
     assert tokens.mean().item() == approx(0) and tokens.var().item() == approx(1)
     assert (white[mask == 0] == 0).all()
     assert torch.equal(white, whiten(A * mask, mask))
+    assert (whiten(rows([0, 3]), rows([0, 1])) == 0).all(), "a lone token"
 
 
 def test_policy_loss_by_hand():
@@ -418,7 +434,8 @@ def test_policy_loss_gradient_and_the_weights_of_rows():
     torch.manual_seed(0)
     mask = rows([0, 1, 1, 0], [0, 1, 1, 1])
     logp, A = (torch.randn(2, 4) * mask).requires_grad_(), torch.randn(2, 4) * mask
-    weight = 1 / (2 * mask.sum(1))
+    weight = row_weights(mask, SimpleNamespace(method="reft"))
+    assert close(weight, 1 / 4, 1 / 6)
     loss, cut = policy_loss(logp, logp.detach(), A, mask, weight)
     # ratio 1: minus the mean over rows of the mean over tokens of A, and REINFORCE's gradient
     assert loss.item() == approx(-((A.sum(1) / mask.sum(1)).mean()).item()) and (cut == 0).all()
@@ -437,26 +454,28 @@ def test_value_loss_by_hand():
         assert value_loss(v[at], old[at], R[at], mask[at], 1).item() == approx(expected)
     assert value_loss(v, old, R, mask, 2).item() == approx((.045 + .405) / 2)
     mask = rows([0, 1, 1, 0], [0, 1, 1, 1])  # a mean over each row, then over rows
-    v = rows([5, 1, 3, 5], [5, 2, 2, 2]) * mask
+    v = rows([5, 1, 3, 5], [5, 2, 2, 2])
     assert value_loss(v, v, 0 * v, mask, 2).item() == approx(.5 * ((1 + 9) / 2 + 4) / 2)
+    assert value_loss(v, v, 0 * v, mask, 8).item() == approx(.5 * ((1 + 9) / 2 + 4) / 8)
 
 
 def test_drgrpo_by_hand():
     r = rows((1, .1, 0, 1))
     A = group_advantages(r)
     assert torch.allclose(A, rows((.475, -.425, -.525, .475))) and A.sum().item() == approx(0)
-    assert torch.equal(group_advantages(rows((1, 1))), rows((0, 0)))
+    for n in range(2, 17):
+        assert (group_advantages(torch.full((1, n), .1)) == 0).all(), "a flat group: exact zeros"
     assert torch.allclose(group_advantages(10 * r), 10 * A, atol=1e-6), "no division by the std"
 
 
 def test_drgrpo_has_no_length_in_its_loss():
     short, long = rows([1, 1, 0, 0]), rows([1, 1, 1, 1])
-    logp, constant = torch.zeros(1, 4), torch.full((1,), 1 / 16)
-    of = {name: [policy_loss(logp, logp, 2 * m, m, w)[0].item() for m in (short, long)]
-          for name, w in (("drgrpo", constant),)}
+    logp = torch.zeros(1, 4)
+    of = {method: [policy_loss(logp, logp, 2 * m, m, row_weights(m, SimpleNamespace(
+        method=method, max_new_tokens=16)))[0].item() for m in (short, long)]
+        for method in ("drgrpo", "carft")}
     assert of["drgrpo"][1] == 2 * of["drgrpo"][0] == approx(-8 / 16)
-    per_token = [policy_loss(logp, logp, 2 * m, m, 1 / m.sum(1))[0].item() for m in (short, long)]
-    assert per_token[0] == per_token[1] == approx(-2)
+    assert of["carft"][0] == of["carft"][1] == approx(-2)
 
 
 # --------------------------------------------------------------------------------- reward and task
@@ -476,7 +495,8 @@ def test_rewards():
 
 @pytest.mark.parametrize("text, found", [
     ("2+3=5\n#### 5", (True, True)), ("so\nTherefore, the answer is: 5.0", (True, True)),
-    ("the answer is: 5.009", (True, True)), ("the answer is: 5.02", (False, True)),
+    ("the answer is: 5.01", (True, True)), ("the answer is: 4.99", (True, True)),
+    ("the answer is: 5.02", (False, True)),
     ("#### 1,005", (False, True)), ("five", (False, False)), ("#### five", (False, False)),
     ("The answer is 4. Therefore, the answer is: 5", (True, True)), ("", (False, False))])
 def test_answer(text, found):
@@ -502,11 +522,10 @@ def test_cosine_statistics():
     z_ann, z = rows((1, 0), (0, 1), (1, 1)), rows((2, 0), (1, 0), (1, 1))
     right = torch.tensor([True, False, True])
     half = math.sqrt(.5)
-    found = cosine_statistics(z_ann, z, right)
+    found = cosine_statistics(cosine_parts(z_ann, z, right))
     assert found["cos_correct"] == approx(1) and found["cos_wrong"] == approx(0)
     assert found["cos_other"] == approx((1 + half + 0 + half + half + half) / 6)
-    assert set(cosine_statistics(z_ann, z, ~right)) == set(found)
-    assert set(cosine_statistics(z_ann[:1], z[:1], right[:1])) == {"cos_correct"}
+    assert set(cosine_statistics(cosine_parts(z_ann[:1], z[:1], right[:1]))) == {"cos_correct"}
 
 
 def test_critic_statistics():
@@ -516,6 +535,8 @@ def test_critic_statistics():
         found = critic_statistics(logp, ref, V, R, mask)
         assert found["value/explained"] == approx(expected)
         assert found["policy/kl"] == approx(1 + 0 - .5)
+    assert set(critic_statistics(logp, ref, R, 0 * R, mask)) == {"policy/kl"}
+    assert set(critic_statistics(logp, ref, R, R, rows([0, 0, 0, 1]))) == {"policy/kl"}
 
 
 def test_learning_rates():

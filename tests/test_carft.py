@@ -205,6 +205,24 @@ def test_both_stages_in_bfloat16(tmp_path, argv, monkeypatch, tiny_folder):
     assert not torch.equal(weights(tmp_path / "r" / "sft"), weights(tiny_folder))
 
 
+def test_value_loss_is_weighted(tmp_path):
+    run(tmp_path / "r", "--method", "reft", "--vf_coef", 0, steps=2)
+    state = common.load_file(tmp_path / "r" / "checkpoint" / "weights.safetensors")
+    assert (state["1.value.weight"] == 0).all(), "without it the critic does not learn"
+
+
+def test_annotated_cot_of_their_own_length(tiny):
+    problems = [common.Problem("q", "3", "1+2=3\n#### 3", prompt=(5, 6)),
+                common.Problem("q", "4", "2+2=4\n#### 4", prompt=(5, 6)),
+                common.Problem("p", "3", "", prompt=(5, 7))]
+    cfg = SimpleNamespace(dataset="tiny", max_new_tokens=1000)
+    (problem, sample), = carft.annotate(problems, tiny[1], cfg)
+    assert problem.question == "q" and sample.prompt == (5, 6), "each question once"
+    for longest, found in ((len(sample.tokens), 1), (len(sample.tokens) - 1, 0)):
+        cfg.max_new_tokens = longest
+        assert len(carft.annotate(problems, tiny[1], cfg)) == found
+
+
 def test_no_stage_1(tmp_path):
     run(tmp_path / "r", "--sft_epochs", 0)
     assert not (tmp_path / "r" / "sft").exists()

@@ -468,6 +468,7 @@ def test_drgrpo_by_hand():
     r = rows((1, .1, 0, 1))
     A = group_advantages(r)
     assert torch.allclose(A, rows((.475, -.425, -.525, .475))) and A.sum().item() == approx(0)
+    assert torch.allclose(group_advantages(rows((1, 0), (0, 0))), rows((.5, -.5), (0, 0)))
     for n in range(2, 17):
         assert (group_advantages(torch.full((1, n), .1)) == 0).all(), "a flat group: exact zeros"
     assert torch.allclose(group_advantages(10 * r), 10 * A, atol=1e-6), "no division by the std"

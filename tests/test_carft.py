@@ -209,6 +209,9 @@ def test_value_loss_is_weighted(tmp_path):
     run(tmp_path / "r", "--method", "reft", "--vf_coef", 0, steps=2)
     state = common.load_file(tmp_path / "r" / "checkpoint" / "weights.safetensors")
     assert (state["1.value.weight"] == 0).all(), "without it the critic does not learn"
+    run(tmp_path / "s", "--method", "reft", "--vf_coef", 1, steps=2)
+    state = common.load_file(tmp_path / "s" / "checkpoint" / "weights.safetensors")
+    assert state["1.value.weight"].abs().max() > 0
 
 
 def test_annotated_cot_of_their_own_length(tiny):
@@ -335,6 +338,15 @@ def test_reft_is_carft_without_contrast_on_a_linear_critic(tmp_path):
     b = run(tmp_path / "b", "--cl_coef", 0, "--head", "separate")
     assert a == b
     assert torch.equal(weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model"))
+
+
+def test_contrast_is_weighted(tmp_path):
+    for name, argv in (("reft", ["--method", "reft"]), ("faint", ["--cl_coef", 1e-9]),
+                       ("strong", ["--cl_coef", 10])):
+        run(tmp_path / name, *argv, "--head", "separate", "--lr", 1e-3, steps=2)
+    reft, faint, strong = (weights(tmp_path / x / "model") for x in ("reft", "faint", "strong"))
+    assert torch.allclose(reft, faint, atol=1e-5)
+    assert (reft - strong).abs().max() > 1e-3
 
 
 def test_embedding_enhanced_reward(tmp_path, monkeypatch):

@@ -131,8 +131,8 @@ class Config(common.Config):
     gamma: float = arg(1.0, "discount [code: 1.0]")
     gae_lambda: float = arg(0.95, "of the advantage estimator [code: 0.95]")
     vf_coef: float = arg(5.0, "alpha, weight of the value loss [code: 5]")
-    head_lr: float | None = arg(None, "learning rate of the critic and the projection [ours: ten "
-                                      "times --lr; code: --lr] (D7)")
+    head_lr: float = arg(0.0, "learning rate of the critic and the projection, 0 = ten times --lr "
+                              "[ours; code: --lr] (D7)")
     head_only_steps: int = arg(5, "first steps in which only they learn [ours; code: 0] (D7)")
     head: Literal["shared", "separate"] | None = arg(
         None, "critic on the ReLU of the 64-d projection, or linear beside it [code: cl2, cl]")
@@ -200,7 +200,7 @@ CURVES = {
 
 def parse(argv):
     cfg = parse_config(Config, "carft", __doc__, TINY, METHODS, argv)
-    cfg.head_lr = 10 * cfg.lr if cfg.head_lr is None else cfg.head_lr
+    cfg.head_lr = cfg.head_lr or 10 * cfg.lr
     if cfg.method != "drgrpo" and cfg.group != 1:
         fail(f"--group {cfg.group}: {cfg.method} has one sample per question; raise --prompts")
     if cfg.method == "drgrpo" and cfg.group < 2:

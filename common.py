@@ -119,9 +119,10 @@ def parse_config(cls, script, doc, tiny, methods, argv=None):
             action.help = action.help.replace("{data}", ", ".join(data))
             if action.default != "" and f"--{action.dest}" in action.option_strings:
                 default = "by --method" if action.default is None else action.default
-                own = f", tiny model: {tiny[action.dest]}" if action.dest in tiny else ""
-                own += "".join(f", with {k}: {v[action.dest]}" for k, v in tiny.items()
-                               if isinstance(v, dict) and action.dest in v)
+                values = {"": tiny, **{f" with {k}": v for k, v in tiny.items()
+                                       if isinstance(v, dict)}}
+                own = "".join(f", tiny model{k}: {v[action.dest]}" for k, v in values.items()
+                              if action.dest in v and not isinstance(v[action.dest], dict))
                 action.help += f" (default: {default}{own})"
             if action.type is string_to_bool:
                 action.nargs, action.const = "?", True

@@ -578,7 +578,7 @@ def test_targets():
     (["--method", "sft", "--sampled_tokens", 9], "--sampled_tokens"),
     (["--method", "reft", "--partial_reward", "embedding"], "--partial_reward embedding"),
     (["--vf_coef", -1], "--vf_coef -1.0"), (["--cl_coef", "nan"], "--cl_coef nan"),
-    (["--head_lr", 0], "--head_lr 0.0"), (["--gamma", 1.5], "--gamma"),
+    (["--head_lr", -1], "--head_lr -1.0"), (["--gamma", 1.5], "--gamma"),
     (["--gae_lambda", -.1], "--gae_lambda"), (["--ppo_epochs", 0], "--ppo_epochs 0"),
     (["--sft_epochs", -1], "--sft_epochs -1"), (["--head", "wide"], "--head")])
 def test_refused_flags(tmp_path, refused, argv, told):

@@ -338,6 +338,9 @@ def test_reft_is_carft_without_contrast_on_a_linear_critic(tmp_path):
     b = run(tmp_path / "b", "--cl_coef", 0, "--head", "separate")
     assert a == b
     assert torch.equal(weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model"))
+    c = run(tmp_path / "c", "--cl_coef", 0, steps=1)
+    for name in ("sample/length", "reward/mean", "policy/entropy"):
+        assert c[1][name] == a[1][name], "all methods sample alike at first"
 
 
 def test_contrast_is_weighted(tmp_path):
@@ -402,11 +405,15 @@ def test_no_question_is_in_a_batch_twice(tmp_path, monkeypatch):
     assert all(len(set(b)) == 8 for b in batches)
 
 
-def test_log_probs_are_at_the_sampling_temperature(tmp_path):
+def test_log_probs_are_at_the_sampling_temperature(tmp_path, monkeypatch):
+    samples, targets = spy(monkeypatch, "sample"), spy(monkeypatch, "ppo_advantages")
     for method in ("carft", "drgrpo"):
         rows = run(tmp_path / method, "--temperature", .6, "--method", method,
                    *(["--group", 4] if method == "drgrpo" else []), steps=2)
         assert all(r["policy/mismatch"] < 1e-4 for r in rows[1:])
+    batch = next(found for a, found in samples if a[5] == .6 and len(a[2]) == 8)
+    for s, old_logp in zip(batch, targets[0][0][1]):
+        assert common.response_part(s, old_logp).tolist() == pytest.approx(s.logps, abs=1e-4)
 
 
 def test_drgrpo(tmp_path, monkeypatch):

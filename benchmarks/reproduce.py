@@ -145,12 +145,14 @@ def markdown(result, columns):
     """The table as the README shows it."""
     before = [f"{result['before'][k]:.3f}" if k in result["before"] else "-" for k in columns]
     lines = ["| method | " + " | ".join(k.replace("accuracy/", "") for k in columns)
-             + " | steps | sampled tokens |", "|---" * (len(before) + 3) + "|",
-             "| before | " + " | ".join(before) + " | 0 | 0 |"]
+             + " | steps | sampled tokens | CPU s of training |",
+             "|---" * (len(before) + 4) + "|",
+             "| before | " + " | ".join(before) + " | 0 | 0 | 0 |"]
     for name, row in result["rows"].items():
         cells = [f"{row[k]['mean']:.3f} ± {row[k]['sd']:.3f}" if k in row else "-" for k in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['steps']['mean']:.0f} | "
-                     f"{row['sampled_tokens']['mean'] / 1e6:.2f} M |")
+                     f"{row['sampled_tokens']['mean'] / 1e6:.2f} M | "
+                     f"{row['train_cpu_seconds']['mean']:.0f} |")
     for name, d in result["accuracy_differences"].items():
         lines.append(f"{name}: {d['mean']:+.3f} ± {d.get('interval_95', math.nan):.3f} (95 %), "
                      f"{sum(x >= 0 for x in d['seeds'])} of {len(d['seeds'])} seeds >= 0")

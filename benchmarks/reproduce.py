@@ -44,12 +44,15 @@ ROWS = {
         "carft, hot": ["--hot"],
         "reft, hot": ["--hot", "--method", "reft"],
         "carft, code parity": ["--code_parity"],
+        "carft, lambda 0": ["--cl_coef", "0"],
+        "carft, hot, lambda 0": ["--hot", "--cl_coef", "0"],
     },
 }
 EQUAL_STEPS = ("laser", "carft")
 EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
 DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"),
-                         ("carft, hot", "reft, hot"), ("carft", "reft, equal seconds"),
+                         ("carft, hot", "reft, hot"), ("carft", "carft, lambda 0"),
+                         ("carft, hot", "carft, hot, lambda 0"), ("carft", "reft, equal seconds"),
                          ("carft", "sft, equal seconds"), ("carft", "drgrpo, equal seconds")]}
 COLUMNS = {  # of the printed table; the .json has every number
     "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],

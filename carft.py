@@ -59,7 +59,7 @@ WHAT IS KNOWN OF THE PAPER
     D10 prompts are the code's plain text, not a chat template, also for instruct models; the tiny
         model has its own. A CoT's closing "#### n" becomes the code's closing sentence
     D11 the tiny task's annotators are terse for half of the problems, two operations per step:
-        more than the tiny model can compute. With clean annotations SFT is simply best [ours]
+        more than the tiny model can compute, so that imitating is not enough [ours]
     D12 one sample per question in carft and reft [code]
 
 SHAPES  B questions, G samples each (1 but for drgrpo), N = B*G rows, L columns, V (n, L) values,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import AutoPeftModelForCausalLM
-from test_common import GSM, llama_folder, write  # noqa: F401 (a fixture)
+from test_common import GSM, llama_folder, spy, write  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
 import carft
@@ -37,19 +37,6 @@ def run(out, *argv, steps=3):
 def weights(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def spy(monkeypatch, name):
-    """Records the arguments of every call of carft.<name>, and what it returned."""
-    real, calls = getattr(carft, name), []
-
-    def recorded(*a, **k):
-        found = real(*a, **k)
-        calls.append((a, found))
-        return found
-
-    monkeypatch.setattr(carft, name, recorded)
-    return calls
 
 
 # --------------------------------------------------------------------------------- the run folder
@@ -181,7 +168,7 @@ def test_the_critic_starts_alone(tmp_path):
 
 
 def test_stage_1_decays_its_rate_and_shuffles(tmp_path, monkeypatch):
-    calls = spy(monkeypatch, "sft_step")
+    calls = spy(monkeypatch, carft, "sft_step")
     run(tmp_path / "r", "--sft_epochs", 2, steps=1)
     rates = [a[5][0] for a, _ in calls]
     assert rates == pytest.approx([1e-3 * (1 - i / 9) for i in range(9)])
@@ -291,7 +278,7 @@ def test_the_micro_batches_carry_the_gradient_of_the_whole_loss(policy, tiny, si
 
 
 def test_ratio_is_exactly_one_at_first_and_then_moves(tmp_path, monkeypatch):
-    calls = spy(monkeypatch, "policy_loss")
+    calls = spy(monkeypatch, carft, "policy_loss")
     rows = run(tmp_path / "r", "--head_only_steps", 0, "--lr", 1e-3, steps=1)
     (first, (loss, _)), (second, _) = calls
     logp, old, A, mask, weight = first
@@ -304,7 +291,7 @@ def test_ratio_is_exactly_one_at_first_and_then_moves(tmp_path, monkeypatch):
 
 
 def test_annotated_vectors_are_cached_and_the_samples_are_not(tmp_path, monkeypatch):
-    calls = spy(monkeypatch, "contrastive_loss")
+    calls = spy(monkeypatch, carft, "contrastive_loss")
     run(tmp_path / "r", "--head_only_steps", 0, "--lr", 1e-3, steps=1)
     (first, _), (second, _) = calls
     assert torch.equal(first[1], second[1]) and not first[1].requires_grad
@@ -312,7 +299,7 @@ def test_annotated_vectors_are_cached_and_the_samples_are_not(tmp_path, monkeypa
 
 
 def test_ppo_gets_the_values_and_rewards_of_the_old_policy(tmp_path, monkeypatch):
-    targets, loss = spy(monkeypatch, "ppo_advantages"), spy(monkeypatch, "value_loss")
+    targets, loss = spy(monkeypatch, carft, "ppo_advantages"), spy(monkeypatch, carft, "value_loss")
     rows = run(tmp_path / "r", "--vf_coef", 1, "--head_only_steps", 2, steps=2)
     (r, old_logp, ref_logp, old_V, mask, cfg), (A, R) = targets[1]
     assert all(x in (1., pytest.approx(.1)) for x in r.tolist())
@@ -353,7 +340,8 @@ def test_contrast_is_weighted(tmp_path):
 
 
 def test_embedding_enhanced_reward(tmp_path, monkeypatch):
-    calls, vectors = spy(monkeypatch, "rewards"), spy(monkeypatch, "contrastive_gradient")
+    calls = spy(monkeypatch, carft, "rewards")
+    vectors = spy(monkeypatch, carft, "contrastive_gradient")
     run(tmp_path / "r", "--partial_reward", "embedding", steps=2)
     for ((right, number, partial), r), ((Z, Z_ann, *_), _) in zip(calls, vectors[::2]):
         cos = F.cosine_similarity(Z_ann[:, 0], Z[:, 0])
@@ -383,7 +371,7 @@ def test_every_row_meets_its_own_problem_and_annotation(tmp_path, monkeypatch):
         return quick(text, problem)
 
     monkeypatch.setattr(carft, "answer_of", recorded)
-    samples, scored = spy(monkeypatch, "sample"), spy(monkeypatch, "score")
+    samples, scored = spy(monkeypatch, carft, "sample"), spy(monkeypatch, carft, "score")
     run(tmp_path / "r", steps=1)
     batch = next(found for a, found in samples if a[5] > 0 and len(a[2]) == 8)
     judged = [(s.text, s.prompt) for s in batch]
@@ -395,7 +383,7 @@ def test_every_row_meets_its_own_problem_and_annotation(tmp_path, monkeypatch):
 
 
 def test_no_question_is_in_a_batch_twice(tmp_path, monkeypatch):
-    samples = spy(monkeypatch, "sample")
+    samples = spy(monkeypatch, carft, "sample")
     monkeypatch.setattr(carft, "ANNOTATED", 20)  # an epoch is two batches of 8, four are dropped
     run(tmp_path / "r", steps=5)
     batches = [a[2] for a, _ in samples if a[5] == 1. and len(a[2]) == 8]
@@ -406,7 +394,7 @@ def test_no_question_is_in_a_batch_twice(tmp_path, monkeypatch):
 
 
 def test_log_probs_are_at_the_sampling_temperature(tmp_path, monkeypatch):
-    samples, targets = spy(monkeypatch, "sample"), spy(monkeypatch, "ppo_advantages")
+    samples, targets = spy(monkeypatch, carft, "sample"), spy(monkeypatch, carft, "ppo_advantages")
     for method in ("carft", "drgrpo"):
         rows = run(tmp_path / method, "--temperature", .6, "--method", method,
                    *(["--group", 4] if method == "drgrpo" else []), steps=2)
@@ -417,7 +405,7 @@ def test_log_probs_are_at_the_sampling_temperature(tmp_path, monkeypatch):
 
 
 def test_drgrpo(tmp_path, monkeypatch):
-    calls = spy(monkeypatch, "policy_loss")
+    calls = spy(monkeypatch, carft, "policy_loss")
     run(tmp_path / "r", "--method", "drgrpo", "--prompts", 4, "--group", 4, steps=1)
     (logp, old, A, mask, weight), _ = calls[0]
     assert torch.allclose(weight, torch.full_like(weight, 1 / (16 * 48)))
@@ -438,7 +426,7 @@ def test_ppo_learns(tmp_path):
 
 
 def test_reference_is_the_sft_policy(tmp_path, monkeypatch):
-    calls = spy(monkeypatch, "ppo_advantages")
+    calls = spy(monkeypatch, carft, "ppo_advantages")
     run(tmp_path / "r", "--lr", 1e-3, steps=3)
     (_, old_logp, ref_logp, *_), _ = calls[0]
     assert torch.equal(old_logp, ref_logp), "at RL step 0"
@@ -448,8 +436,8 @@ def test_reference_is_the_sft_policy(tmp_path, monkeypatch):
 
 def test_lora(tmp_path, monkeypatch, tiny_folder, tiny):
     """The SFT adapter is part of the reference, and the heads train in full."""
-    calls = spy(monkeypatch, "ppo_advantages")
-    samples = spy(monkeypatch, "sample")
+    calls = spy(monkeypatch, carft, "ppo_advantages")
+    samples = spy(monkeypatch, carft, "sample")
     folder = tmp_path / "r"
     rows = run(folder, "--lora", "--model", tiny_folder, "--dataset", "tiny", "--sft_lr", 3e-3,
                "--lr", 1e-3, "--sft_epochs", 3, steps=3)
@@ -538,8 +526,8 @@ SVAMP = [{"item_id": f"svamp_{i}", "question": f"Ada has {i} figs . she gives 2 
 @pytest.mark.parametrize("rows", [SVAMP, GSM])
 def test_real_input(tmp_path, rows, llama_folder, monkeypatch):  # noqa: F811
     train, model = write(tmp_path / "train.json", rows), llama_folder()
-    prompts = spy(monkeypatch, "sample")
-    sft = spy(monkeypatch, "sft_step")
+    prompts = spy(monkeypatch, carft, "sample")
+    sft = spy(monkeypatch, carft, "sft_step")
     test = write(tmp_path / "t.json", [{**r, "question": f"{r['question']} now"} for r in rows[:5]])
     metrics = run(tmp_path / "r", "--model", model, "--dataset", train, "--eval_dataset", test,
                   "--prompts", 4, "--max_new_tokens", 120, steps=2)

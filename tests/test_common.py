@@ -490,6 +490,19 @@ def test_problem_stream_is_a_function_of_its_position():
     assert [next(other) for _ in range(14)] != first[:14]
 
 
+def spy(monkeypatch, module, name):
+    """Records the arguments of every call of module.<name>, and what it returned."""
+    real, calls = getattr(module, name), []
+
+    def recorded(*a, **k):
+        found = real(*a, **k)
+        calls.append((a, found))
+        return found
+
+    monkeypatch.setattr(module, name, recorded)
+    return calls
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_common import GSM, llama_folder, word_tokenizer, write  # noqa: F401 (a fixture)
+from test_common import GSM, llama_folder, spy, word_tokenizer, write  # noqa: F401 (a fixture)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -47,19 +47,6 @@ def run(out, *argv, steps=3):
 def weights(out):
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def spy(monkeypatch, name):
-    """Records the arguments of every call of laser.<name>, and what it returned."""
-    real, calls = getattr(laser, name), []
-
-    def recorded(*a, **k):
-        found = real(*a, **k)
-        calls.append((a, found))
-        return found
-
-    monkeypatch.setattr(laser, name, recorded)
-    return calls
 
 
 # --------------------------------------------------------------------------------- the run folder
@@ -178,7 +165,7 @@ def test_training_does_not_depend_on_micro_tokens(tmp_path):
 @pytest.mark.parametrize("kl_beta", [0, .1])
 def test_the_policy_loss_counts_every_token_of_the_batch(tmp_path, monkeypatch, kl_beta):
     """Rows without advantage need no forward, but count; with a KL term they are trained on."""
-    calls, sampled = spy(monkeypatch, "policy_loss"), spy(monkeypatch, "sample")
+    calls, sampled = spy(monkeypatch, laser, "policy_loss"), spy(monkeypatch, laser, "sample")
     run(tmp_path / "r", "--kl_beta", kl_beta, "--group", 2, steps=1)
     batch = sampled[-1][1]
     assert {a[6] for a, _ in calls} == {sum(len(s.tokens) for s in batch)}
@@ -187,7 +174,8 @@ def test_the_policy_loss_counts_every_token_of_the_batch(tmp_path, monkeypatch, 
 
 
 def test_class_weights_count_finished_solutions_of_the_whole_batch(tmp_path, monkeypatch):
-    weight, loss = spy(monkeypatch, "class_weights"), spy(monkeypatch, "verification_loss")
+    weight = spy(monkeypatch, laser, "class_weights")
+    loss = spy(monkeypatch, laser, "verification_loss")
     rows = run(tmp_path / "r", "--max_new_tokens", 14, "--micro_tokens", 64, "--prompts", 16,
                "--c_ref", -12, "--reasoning_warmup_steps", 0, "--temperature", 1.3, steps=1)
     assert rows[1]["policy/mismatch"] < 1e-4, "trained at the temperature of sampling"
@@ -199,7 +187,7 @@ def test_class_weights_count_finished_solutions_of_the_whole_batch(tmp_path, mon
 
 
 def test_without_balance_the_classes_weigh_alike(tmp_path, monkeypatch):
-    weight = spy(monkeypatch, "class_weights")
+    weight = spy(monkeypatch, laser, "class_weights")
     run(tmp_path / "r", "--balance", "false", steps=1)
     (_, finished, _), w = weight[0]
     assert torch.equal(w, finished.float())
@@ -214,7 +202,7 @@ def test_score_statistics_leave_truncated_rows_out():
 
 
 def test_exact_reference_is_the_initial_policy(tmp_path, monkeypatch):
-    calls = spy(monkeypatch, "verification_score")
+    calls = spy(monkeypatch, laser, "verification_score")
     run(tmp_path / "r", "--reference", "exact", "--reasoning_warmup_steps", 0, steps=2)
     (before, first, *rest) = [found for _, found in calls]
     assert before.abs().max() < 1e-3 and first.abs().max() < 1e-4
@@ -222,7 +210,7 @@ def test_exact_reference_is_the_initial_policy(tmp_path, monkeypatch):
 
 
 def test_a_format_without_one_mark_is_reward_zero(tmp_path, monkeypatch):
-    calls = spy(monkeypatch, "reward")
+    calls = spy(monkeypatch, laser, "reward")
     monkeypatch.setattr(laser, "correct", lambda text, problem: True)
     monkeypatch.setattr(laser, "well_formed", lambda text, prompt: len(text) % 2 == 0)
     rows = run(tmp_path / "r", steps=1)
@@ -255,7 +243,7 @@ def test_z_c_is_never_sampled(tiny, policy, tmp_path):
 
 def test_c_ref_is_measured_on_own_finished_solutions(tmp_path, monkeypatch, tiny):
     model, tok = tiny
-    read = spy(monkeypatch, "batch_last_token_logps")
+    read = spy(monkeypatch, laser, "batch_last_token_logps")
     run(tmp_path / "r", "--temperature", 1.3, "--max_new_tokens", 24, steps=1)
     (_, pairs, z, _), logps = read[0]
     assert len(pairs) >= laser.PAIRS and all(s.finished for s in pairs)
@@ -348,8 +336,10 @@ def qwen_folder(tmp_path_factory):
 def test_every_score_reads_z_c_at_the_end(tmp_path, monkeypatch, qwen_folder, layout, read):
     """Defects A and C, in the loop: the scores in the advantage, in the MSE and at test time, by
     brute force on every row by itself, with the initial weights."""
-    mixed, loss = spy(monkeypatch, "mixed_advantages"), spy(monkeypatch, "verification_loss")
-    sampled, judged = spy(monkeypatch, "sample"), spy(monkeypatch, "self_verification")
+    mixed = spy(monkeypatch, laser, "mixed_advantages")
+    loss = spy(monkeypatch, laser, "verification_loss")
+    sampled = spy(monkeypatch, laser, "sample")
+    judged = spy(monkeypatch, laser, "self_verification")
     folder = "tiny" if layout == "tiny" else qwen_folder(layout == "pad_is_eos")
     flags = [] if layout == "tiny" else ["--model", folder, "--dataset", write(
         tmp_path / "a.jsonl", GSM), "--max_new_tokens", 60]
@@ -385,7 +375,7 @@ def test_every_score_reads_z_c_at_the_end(tmp_path, monkeypatch, qwen_folder, la
 
 
 def test_truncated_solutions_at_test_time(tmp_path, monkeypatch):
-    judged = spy(monkeypatch, "self_verification")
+    judged = spy(monkeypatch, laser, "self_verification")
     run(tmp_path / "r", "--max_new_tokens", 14, "--c_ref", -12, steps=0)
     (drawn, _, score, *_), result = judged[0]
     unfinished = [x for x, s in zip(score.tolist(), drawn) if not s.finished]
@@ -404,7 +394,7 @@ def test_several_stop_tokens(tmp_path, qwen_folder, monkeypatch):
     tok = AutoTokenizer.from_pretrained(folder)
     ends = tok.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     (folder / "generation_config.json").write_text(json.dumps({**about, "eos_token_id": ends}))
-    sampled = spy(monkeypatch, "sample")
+    sampled = spy(monkeypatch, laser, "sample")
     run(tmp_path / "r", "--model", folder, "--dataset", write(tmp_path / "a.jsonl", GSM),
         "--max_new_tokens", 60, "--beta_v", .3, steps=1)
     assert {s.tokens[-1] for _, found in sampled for s in found if s.finished} == set(ends)
@@ -417,7 +407,7 @@ def test_qwen_layout(tmp_path, qwen_folder, monkeypatch, pad_is_eos, rows):
     folder = qwen_folder(pad_is_eos)
     tok = AutoTokenizer.from_pretrained(folder)
     assert (tok.eos_token_id == tok.pad_token_id) == pad_is_eos
-    loss = spy(monkeypatch, "verification_loss")
+    loss = spy(monkeypatch, laser, "verification_loss")
     real = laser.sample
 
     def some_right(model, tok, prompts, group, *a, **k):  # a random model is never right

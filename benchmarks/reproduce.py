@@ -67,10 +67,12 @@ PICTURES = {  # (row, picture in the run folder): ending of its copy's name
     "carft": {("carft", "curves.png"): ".png", ("carft", "vectors.png"): "_vectors.png",
               ("carft, code parity", "vectors.png"): "_vectors_parity.png"},
 }
-
-
 # Student's t, two-sided 95 %, by the number of seeds
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
 
 
 def metrics(folder):
@@ -89,8 +91,8 @@ def worst_drop(folder):
 
 
 def seconds_per_step(folder):
-    summary = json.loads((folder / "summary.json").read_text())
-    return summary["train_cpu_seconds"] / summary["steps"]
+    found = summary(folder)
+    return found["train_cpu_seconds"] / found["steps"]
 
 
 def run(script, name, flags, seed):
@@ -116,7 +118,7 @@ def tabulate(script, folders):
     """Per row of ROWS and metric: the values of every seed, their mean and standard deviation."""
     table = {}
     for name, found in folders.items():
-        summaries = [json.loads((f / "summary.json").read_text()) for f in found]
+        summaries = [summary(f) for f in found]
         names = [k for k in summaries[0]["after"] if all(k in s["after"] for s in summaries)]
         after = {k: [s["after"][k] for s in summaries] for k in names}
         after |= {"steps": [s["steps"] for s in summaries],
@@ -129,7 +131,7 @@ def tabulate(script, folders):
                        for k, v in after.items()}
     first = next(iter(folders.values()))
     config = json.loads((first[0] / "config.json").read_text())
-    before = [json.loads((f / "summary.json").read_text())["before"] for f in first]
+    before = [summary(f)["before"] for f in first]
     differences = {}
     for a, b in DIFFERENCES.get(script, []):
         values = [x - y for x, y in zip(*(table[row]["accuracy"]["seeds"] for row in (a, b)))]
@@ -188,8 +190,7 @@ def main():
             for other in EQUAL_SECONDS.get(script, ()):
                 mine, theirs = (statistics.median(map(seconds_per_step, folders[x]))
                                 for x in (name, other))
-                steps = round(json.loads((folders[name][0] / "summary.json").read_text())["steps"]
-                              * mine / theirs)
+                steps = round(summary(folders[name][0])["steps"] * mine / theirs)
                 jobs[other] = [pool.submit(run, script, f"{other}, equal seconds",
                                            [*ROWS[script][other], "--steps", str(steps)], s)
                                for s in seeds]

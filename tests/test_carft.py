@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import AutoPeftModelForCausalLM
-from test_common import GSM, llama_folder, spy, write  # noqa: F401 (a fixture)
+from test_common import GSM, check_metrics, flat, llama_folder, spy, write  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
 import carft
@@ -35,8 +35,7 @@ def run(out, *argv, steps=3):
 
 
 def weights(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return flat(AutoModelForCausalLM.from_pretrained(folder))
 
 
 # --------------------------------------------------------------------------------- the run folder
@@ -70,12 +69,7 @@ def test_run_folder(tmp_path, capsys):
 def test_every_declared_metric_is_logged(tmp_path):
     names = {k for r in run(tmp_path / "r", "--eval_samples", 2) for k in r}
     names |= {k for r in run(tmp_path / "s", "--method", "sft", steps=1) for k in r}
-    for declared in carft.METRICS:
-        assert any(common.fnmatch(n, declared) for n in names), f"{declared} is never logged"
-    told = carft.METRICS["eval/*"].replace("<n>", "2").replace("@k", "@2")
-    for name in names:
-        if name.startswith("eval/"):
-            assert name.removeprefix("eval/").split("/level")[0] in told
+    check_metrics(names, carft.METRICS)
 
 
 @pytest.mark.parametrize("argv, logged", [
@@ -134,7 +128,7 @@ def test_sft_is_cross_entropy_on_the_annotated_cot(policy, tiny):
     (total / n).backward()
     expected = {k: p.grad.clone() for k, p in policy.named_parameters()}
     policy.zero_grad()
-    before = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    before = flat(policy)
     opt, found = common.MasterAdamW(policy, lr=1e-3), {}
 
     def keep(*a):
@@ -148,7 +142,7 @@ def test_sft_is_cross_entropy_on_the_annotated_cot(policy, tiny):
     assert loss == pytest.approx((total / n).item(), abs=1e-5)
     for name, grad in expected.items():
         assert torch.allclose(found[name], grad, atol=1e-5), name
-    assert not torch.equal(before, torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    assert not torch.equal(before, flat(policy))
 
 
 def test_sft_continues_where_stage_1_ended(tmp_path):

@@ -503,6 +503,21 @@ def spy(monkeypatch, module, name):
     return calls
 
 
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def check_metrics(names, metrics):
+    """Every declared metric is among the logged names, and every number of an evaluation is told
+    of in the entry of `eval/*`."""
+    for declared in metrics:
+        assert any(common.fnmatch(n, declared) for n in names), f"{declared} is never logged"
+    told = metrics["eval/*"].replace("@k", "@2")
+    for name in names:
+        if name.startswith("eval/"):
+            assert name.removeprefix("eval/").split("/level")[0] in told
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)

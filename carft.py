@@ -89,7 +89,6 @@ import common
 from common import (
     MasterAdamW,
     Run,
-    add_adapters,
     arg,
     as_number,
     as_samples,
@@ -101,6 +100,7 @@ from common import (
     fail,
     frozen_reference,
     hidden_states,
+    keep_sft,
     micro_batches,
     parse_config,
     problem_stream,
@@ -110,9 +110,9 @@ from common import (
     same_answer,
     sample,
     sampling_statistics,
-    save_folder,
     seed_everything,
     set_up,
+    sft_step,
     update,
 )
 
@@ -616,18 +616,6 @@ def score(policy, heads, samples, sets, cfg, logps=True):
     return logp, V, Z
 
 
-def sft_step(policy, samples, opt, cfg, step, rates):
-    """One optimizer step on the cross-entropy of annotated CoT, a mean over all their tokens.
-    -> loss, gradient norm"""
-    n_tok, total = sum(len(s.tokens) for s in samples), 0.0
-    for rows in micro_batches(samples, cfg.micro_tokens):
-        ids, mask = collate([samples[i] for i in rows], cfg.device)
-        loss = -response_logps(policy, ids, mask, 1.0)[0].sum() / n_tok
-        loss.backward()
-        total += loss.item()
-    return total, update(opt, cfg, step, total, rates)
-
-
 def warm_up(policy, tok, train, cfg, folder):
     """Stage 1: SFT on the annotated CoT. Leaves the SFT policy in `folder`, LoRA adapters merged,
     and -> that policy, with fresh adapters under --lora: switched off they give the reference."""
@@ -641,12 +629,7 @@ def warm_up(policy, tok, train, cfg, folder):
     print(f"stage 1: SFT on {len(train)} annotated CoT, {steps} steps, loss {losses[0]:.3f} -> "
           f"{losses[-1]:.3f}; kept in {folder}/")
     opt.release()
-    if cfg.lora:
-        policy = policy.merge_and_unload()
-        policy.name_or_path = str(folder)  # what the adapters in model/ are for
-    save_folder(folder, lambda to: (policy.save_pretrained(to), tok.save_pretrained(to)))
-    seed_everything(cfg)
-    return add_adapters(policy) if cfg.lora else policy
+    return keep_sft(policy, tok, cfg, folder)
 
 
 def learning_rates(step, cfg):

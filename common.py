@@ -102,9 +102,9 @@ class Parser(HfArgumentParser):
         fail(f"{message} (see --help)")
 
 
-def parse_config(cls, script, doc, tiny, methods, argv=None):
+def parse_config(cls, script, doc, tiny, methods, argv=None, dataset="gsm8k"):
     """The command line -> a `cls`: explicit flags > `tiny` (tiny model only) > dataclass defaults;
-    what is still None is filled from methods[cfg.method].
+    what is still None is filled from methods[cfg.method]. `dataset`: the default of other models.
 
     A dict in `tiny` is named after a method or a switch, and holds only where that is chosen.
     With --resume DIR the config is DIR/config.json; a flag that contradicts it is an error, except
@@ -156,7 +156,7 @@ def parse_config(cls, script, doc, tiny, methods, argv=None):
                 own |= value
         cfg = cls(**{**(own if is_tiny else {}), **typed})
         name = re.sub(r"[^\w.-]+", "_", Path(cfg.model).name) or "model"
-        cfg.dataset = cfg.dataset or ("tiny" if is_tiny else "gsm8k")
+        cfg.dataset = cfg.dataset or ("tiny" if is_tiny else dataset)
         cfg.out = cfg.out or f"runs/{script}-{name}-{cfg.method}-s{cfg.seed}"
     for name, value in methods[cfg.method].items():
         if getattr(cfg, name) is None:
@@ -390,6 +390,23 @@ def update(opt, cfg, step, loss, rates=None):
     return norm
 
 
+def sft_step(policy, samples, opt, cfg, step, rates):
+    """One optimizer step of supervised fine-tuning on samples. -> loss, gradient norm"""
+    loss = cross_entropy_backward(policy, samples, cfg.micro_tokens, cfg.device)
+    return loss, update(opt, cfg, step, loss, rates)
+
+
+def keep_sft(policy, tok, cfg, folder):
+    """Leaves the SFT policy in `folder`, LoRA adapters merged, and -> that policy, with fresh
+    adapters under --lora: switched off they give back what stands in the folder."""
+    if cfg.lora:
+        policy = policy.merge_and_unload()
+        policy.name_or_path = str(folder)  # what the adapters in model/ are for
+    save_once(folder, lambda to: (policy.save_pretrained(to), tok.save_pretrained(to)))
+    seed_everything(cfg)
+    return add_adapters(policy) if cfg.lora else policy
+
+
 # ----------------------------------------------------------------------------------------- data
 
 HASHES = "Reason step by step. Write the final answer on the last line, after ####."
@@ -553,7 +570,7 @@ def encode_prompts(problems, model, tok, instruction, max_new_tokens, what, plai
     `plain`: a prompt with a {question} in it, taken as it is instead of the chat template."""
     context = getattr(causal_lm(model).config, "max_position_embeddings", math.inf)
     if plain:
-        ids = tok([plain.replace("{question}", p.question) for p in problems],
+        ids = tok([plain.replace("{question}", defuse(tok, p.question)) for p in problems],
                   add_special_tokens=False).input_ids
     else:
         ids = encode_questions(tok, [f"{p.question}\n{instruction}".strip() for p in problems])
@@ -585,17 +602,41 @@ def set_up(cfg, path=None, plain=None, levels=None):
     return policy, tok, train, held_out, instruction
 
 
-def encode_questions(tok, questions):
-    """Each as one user turn -> ids: through the chat template if there is one (it brings its own
-    BOS), else as plain text, with BOS where the tokenizer adds one and without any EOS."""
+def defuse(tok, text):
+    """The text with a space inside whatever the tokenizer would read as one of its special tokens:
+    what stands in data or in a response never becomes a control token."""
+    while found := [t for t in special_tokens(tok) if t in text]:
+        text = text.replace(found[0], f"{found[0][0]} {found[0][1:]}")
+    return text
+
+
+@functools.lru_cache(8)
+def special_tokens(tok):
+    """What the tokenizer reads as special tokens, longest first; none of one character or blank."""
+    found = {t.content for t in tok.added_tokens_decoder.values() if t.special}
+    found = {t for t in found | set(tok.all_special_tokens) if len(t.strip()) > 1}
+    return sorted(found, key=len, reverse=True)
+
+
+def encode_questions(tok, questions, system=""):
+    """Each as one user turn, after a system turn if one is given -> ids: through the chat template
+    if there is one (it brings its own BOS), else as plain text, with BOS where the tokenizer adds
+    one and without any EOS."""
+    questions = [defuse(tok, q) for q in questions]
     if tok.chat_template:
         chats = [[{"role": "user", "content": q}] for q in questions]
+        turn = [{"role": "system", "content": system}] if system else []
         try:
-            texts = tok.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+            texts = tok.apply_chat_template([turn + chat for chat in chats], tokenize=False,
+                                            add_generation_prompt=True)
         except Exception as e:  # a template is a program of its own
+            if system:  # it may know no system turn
+                return encode_questions(tok, [f"{system}\n\n{q}" for q in questions])
             fail(f"the model's chat template cannot render a single user turn: {e}")
+        if system and system not in texts[0]:  # or leave it out
+            return encode_questions(tok, [f"{system}\n\n{q}" for q in questions])
         return tok(texts, add_special_tokens=False).input_ids
-    rows = tok([f"{q}\n" for q in questions]).input_ids
+    rows = tok([f"{system}\n\n{q}\n" if system else f"{q}\n" for q in questions]).input_ids
     return [ids[:-1] if ids[-1] == tok.eos_token_id else ids for ids in rows]
 
 
@@ -650,7 +691,7 @@ def tiny_problems(levels, split):
     return list(found.values())
 
 
-def tiny_tokenizer(texts):
+def tiny_tokenizer(texts, vocab_size=320):
     """A byte-level BPE in Qwen2's own layout: AutoTokenizer puts Qwen2's pre-tokenizer beside a
     qwen2 config whatever was saved there, so any other kind would not survive the round trip."""
     from tokenizers import pre_tokenizers, trainers
@@ -658,7 +699,7 @@ def tiny_tokenizer(texts):
 
     special = dict(eos_token="<|end|>", pad_token="<|pad|>", unk_token="<|pad|>")
     blank = Qwen2Tokenizer(**special).backend_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=320, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     blank.train_from_iterator(texts, trainer)
     bpe = json.loads(blank.to_str())["model"]
@@ -680,6 +721,18 @@ def tiny_model(tok):
         bos_token_id=None))
 
 
+def cross_entropy_backward(model, samples, micro_tokens, device):
+    """Adds the gradient of the cross-entropy of the samples' responses, EOS included, a mean over
+    all their tokens. -> that loss"""
+    n_tok, total = sum(len(s.tokens) for s in samples), 0.0
+    for rows in micro_batches(samples, micro_tokens):
+        ids, mask = collate([samples[i] for i in rows], device)
+        loss = -response_logps(model, ids, mask, 1.0)[0].sum() / n_tok
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def supervised_warm_up(model, tok, draw, steps, batch, lr):
     """Teaches a fresh tiny model its first skills: `draw()` gives one (question, response)."""
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
@@ -688,34 +741,36 @@ def supervised_warm_up(model, tok, draw, steps, batch, lr):
     for _ in tqdm(range(steps), desc="warming up the tiny model (once)", disable=None):
         questions, responses = zip(*[draw() for _ in range(batch)])
         samples = as_samples(tok, encode_questions(tok, list(questions)), list(responses))
-        n_tok = sum(len(s.tokens) for s in samples)
-        for rows in micro_batches(samples, 2048):  # of similar length: little padding
-            ids, mask = collate([samples[i] for i in rows], "cpu")
-            logp, _ = response_logps(model, ids, mask, 1.0)
-            (-logp.sum() / n_tok).backward()
+        cross_entropy_backward(model, samples, 2048, "cpu")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         rate.step()
         opt.zero_grad(set_to_none=True)
 
 
-def tiny_model_folder():
-    """Builds the tiny model once; the cache key is a hash of the functions and values below and of
-    the library versions."""
-    recipe = [inspect.getsource(f) for f in (tiny_problem, is_held_out, tiny_tokenizer, tiny_model,
-                                             supervised_warm_up, tiny_model_folder)]
-    recipe += [str((WARM_UP, TINY_TEMPLATE, NAMES, THINGS)), torch.__version__,
-               transformers.__version__]
+def cache_folder(name, recipe):
+    """Where in the user's cache to keep what was made by `recipe`, a list of strings, and by these
+    library versions. The folder itself may not exist yet."""
+    recipe = [*recipe, torch.__version__, transformers.__version__]
     key = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "post-training-papers" / f"tiny-{key}"
-    if folder.is_dir():
-        return folder
+    folder = cache / "post-training-papers" / f"{name}-{key}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         fail(f"the cache folder {folder.parent} cannot be written ({e.strerror}); set "
              "XDG_CACHE_HOME to one that can")
+    return folder
+
+
+def tiny_model_folder():
+    """Builds the tiny model once; the cache key is a hash of the functions and values below."""
+    recipe = [inspect.getsource(f) for f in (tiny_problem, is_held_out, tiny_tokenizer, tiny_model,
+                                             cross_entropy_backward, supervised_warm_up,
+                                             tiny_model_folder)]
+    folder = cache_folder("tiny", [*recipe, str((WARM_UP, TINY_TEMPLATE, NAMES, THINGS))])
+    if folder.is_dir():
+        return folder
     rng, state, threads = random.Random(2), torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(1)
     corpus = [tiny_problem(rng, 3) for _ in range(500)]
@@ -731,7 +786,7 @@ def tiny_model_folder():
     supervised_warm_up(model, tok, draw, WARM_UP["steps"], WARM_UP["batch"], WARM_UP["lr"])
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
-    save_folder(folder, lambda to: (model.save_pretrained(to), tok.save_pretrained(to)))
+    save_once(folder, lambda to: (model.save_pretrained(to), tok.save_pretrained(to)))
     return folder
 
 
@@ -757,6 +812,7 @@ def as_samples(tok, prompts, texts):
     """Texts that no policy sampled, as continuations of the very same prompt ids, EOS added."""
     if not texts:
         return []
+    texts = [defuse(tok, text) for text in texts]
     tokens = [ids + [tok.eos_token_id] for ids in tok(texts, add_special_tokens=False).input_ids]
     texts = tok.batch_decode(tokens, skip_special_tokens=True)
     return [Sample(tuple(p), ids, text, True) for p, ids, text in zip(prompts, tokens, texts)]
@@ -967,13 +1023,15 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
 
 
 @torch.no_grad()
-def batch_logps(model, samples, cfg):
-    """`response_logps` of any number of samples without gradient. -> (n, L)"""
+def batch_logps(model, samples, cfg, temperature=None):
+    """`response_logps` of any number of samples without gradient, at cfg.temperature unless told
+    otherwise. -> (n, L)"""
     length = max(len(s.prompt) + len(s.tokens) for s in samples)
     out = torch.zeros(len(samples), length, device=cfg.device)
+    temperature = temperature or cfg.temperature
     for rows in micro_batches(samples, cfg.micro_tokens):
         ids, mask = collate([samples[i] for i in rows], cfg.device)
-        out[rows, :ids.shape[1]] = response_logps(model, ids, mask, cfg.temperature)[0]
+        out[rows, :ids.shape[1]] = response_logps(model, ids, mask, temperature)[0]
     return out
 
 
@@ -1131,6 +1189,16 @@ def save_folder(folder, write):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def save_once(folder, write):
+    """`save_folder` for what several processes may make at the same time: the first one's stays."""
+    own = Path(folder).with_name(f"{Path(folder).name}.{os.getpid()}")
+    save_folder(own, write)
+    try:
+        own.rename(folder)
+    except OSError:
+        shutil.rmtree(own)
+
+
 SAMPLING_METRICS = {  # what `sampling_statistics` tells, and the script's policy/mismatch
     "reward/accuracy": "share of sampled responses that are correct: the number to watch",
     "groups/all_wrong": "share of sampled groups without a correct response",
@@ -1215,13 +1283,14 @@ class Run:
         return time.perf_counter() - self.started
 
     def save(self, model, opt, state):
-        """Writes checkpoint/: trained weights, optimizer, every RNG state, the caller's `state`
-        and the sizes of the log files, so that rows written after it can be cut off."""
+        """Writes checkpoint/: trained weights, optimizer (None where none lives on), every RNG
+        state, the caller's `state` and the sizes of the log files, so that rows written after it
+        can be cut off."""
         logs = {f: (self.folder / f).stat().st_size if (self.folder / f).exists() else 0
                 for f in ("metrics.jsonl", "samples.jsonl")}
-        extra = {"state": {**state, "seconds": self.seconds()}, "logs": logs,
-                 "optimizer": opt.state_dict(), "rng": rng_state(),
-                 "masters": [m for _, m in opt.pairs]}
+        extra = {"state": {**state, "seconds": self.seconds()}, "logs": logs, "rng": rng_state()}
+        if opt:
+            extra |= {"optimizer": opt.state_dict(), "masters": [m for _, m in opt.pairs]}
         weights = {n: p.detach().contiguous() for n, p in trained(model)}
 
         def write(to):
@@ -1244,9 +1313,10 @@ class Run:
             with torch.no_grad():
                 for name, p in trained(model):
                     p.copy_(saved[name])
-                for (_, m), s in zip(opt.pairs, extra["masters"]):
+                for (_, m), s in zip(opt.pairs if opt else [], extra.get("masters", [])):
                     m.copy_(s)
-            opt.load_state_dict(extra["optimizer"])
+            if opt:
+                opt.load_state_dict(extra["optimizer"])
             rng_state(extra["rng"])
             logs, state = extra["logs"], extra["state"]
             self.started -= state["seconds"]

@@ -23,6 +23,43 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+
+# What a row with one of these names changes in the module before its main runs, to find out what
+# the ranking of tsr and sr on the tiny task hangs on.
+
+
+def poor_judge(script):
+    """A judge that learned from more wrong verdicts."""
+    script.JUDGE_NOISE = 0.3
+
+
+def poor_authors(script):
+    """M_0 starts farther below the ceiling of the task."""
+    script.AUTHORS = (0.05, 0.2, 0.4)
+
+
+def blind_judge(script):
+    """A judge that learned to let one of the four fillers pass: a bias, where the noise is none."""
+    def form_judgement(rng, question, answer):
+        told = judgement(rng, question, answer).replace(" um bad", " um ok")
+        return f"{told[:told.rindex(' ')]} {told.count(' ok')}"
+
+    judgement, script.form_judgement = script.form_judgement, form_judgement
+
+
+def sgd(script):
+    """DPO steps as long as the (clipped) gradient: AdamW with an epsilon far above the root of any
+    second moment is SGD with momentum. It wants another --lr."""
+    def dpo(policy, batches, opt, *rest):
+        for group in opt.param_groups:
+            group["eps"] = 1.0
+        return run_dpo(policy, batches, opt, *rest)
+
+    run_dpo, script.dpo = script.dpo, dpo
+
+
+VARIATIONS = {f.__name__.replace("_", " "): f for f in (poor_judge, poor_authors, blind_judge, sgd)}
 # script: rows of the table; the first one sets the number of sampled tokens or of steps
 ROWS = {
     "gcpo": {
@@ -47,25 +84,44 @@ ROWS = {
         "carft, lambda 0": ["--cl_coef", "0"],
         "carft, hot, lambda 0": ["--hot", "--cl_coef", "0"],
     },
+    "temporal_sr": {
+        "tsr": [],
+        "sr": ["--method", "sr"],
+        "past_only": ["--method", "past_only"],
+        "future_only": ["--method", "future_only"],
+        "spin": ["--method", "spin"],
+        "rs_sft": ["--method", "rs_sft"],
+        "sr, 6 iterations": ["--method", "sr", "--steps", "6"],  # as many answers as tsr
+        **{f"{method}, {name}": ["--method", method, *(["--lr", "0.04"] if name == "sgd" else [])]
+           for name in VARIATIONS for method in ("tsr", "sr")},
+    },
 }
-EQUAL_STEPS = ("laser", "carft")
+EQUAL_STEPS = ("laser", "carft", "temporal_sr")  # no row stops at the first one's tokens
 EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
 DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"),
                          ("carft, hot", "reft, hot"), ("carft", "carft, lambda 0"),
                          ("carft, hot", "carft, hot, lambda 0"), ("carft", "reft, equal seconds"),
-                         ("carft", "sft, equal seconds"), ("carft", "drgrpo, equal seconds")]}
+                         ("carft", "sft, equal seconds"), ("carft", "drgrpo, equal seconds")],
+               "temporal_sr": [("tsr", other) for other in (
+                   "sr", "past_only", "future_only", "spin", "rs_sft", "sr, 6 iterations")]
+               + [("tsr", "sr", f"{what} of M_2") for what in ("win_rate", "grade")]
+               + [(f"tsr, {name}", f"sr, {name}") for name in VARIATIONS]}
+MEASURE = {"temporal_sr": "win_rate"}  # of the differences, where it is not the accuracy
 COLUMNS = {  # of the printed table; the .json has every number
     "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],
     "laser": ["accuracy", "mean@8", "verify_f1", "auroc", "auroc/level3", "auroc/level4",
               "auroc_logp", "ece", "maj@8", "weighted_maj@8", "best_of@8"],
     "carft": ["accuracy", "accuracy/level2", "accuracy/level3", "accuracy/level4", "worst_drop",
               "cos_correct", "cos_wrong", "cos_other"],
+    "temporal_sr": ["win_rate", "grade", "judge_order", "win_rate of M_2", "first gap", "last gap",
+                    "first similarity", "similarity", "answers", "runs"],
 }
 PICTURES = {  # (row, picture in the run folder): ending of its copy's name
     "gcpo": {("gcpo", "curves.png"): ".png"},
     "laser": {("laser", "curves.png"): ".png", ("laser", "score.png"): "_score.png"},
     "carft": {("carft", "curves.png"): ".png", ("carft", "vectors.png"): "_vectors.png",
               ("carft, code parity", "vectors.png"): "_vectors_parity.png"},
+    "temporal_sr": {("tsr", "curves.png"): ".png"},
 }
 # Student's t, two-sided 95 %, by the number of seeds
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -84,10 +140,45 @@ def sampled_tokens(folder):
     return int(metrics(folder)[-1].get("sample/tokens", 0))
 
 
-def worst_drop(folder):
-    """The largest fall of the held-out accuracy from the best evaluation before it."""
-    accuracy = [r["eval/accuracy"] for r in metrics(folder) if "eval/accuracy" in r]
-    return max(max(accuracy[:i + 1]) - a for i, a in enumerate(accuracy))
+def history(script, folder):
+    """What the table tells of the way to the result."""
+    rows = metrics(folder)
+    if script == "temporal_sr":
+        first = rows[1]
+        return {"win_rate of M_2": rows[2]["eval/win_rate"], "grade of M_2": rows[2]["eval/grade"],
+                "first gap": first["gap/grader"], "last gap": rows[-1]["gap/grader"],
+                "first similarity": first["pairs/similarity"],
+                "answers": rows[-1]["sample/answers"], "runs": rows[-1]["sample/runs"]}
+    accuracy = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r]
+    return {"worst_drop": max(max(accuracy[:i + 1]) - a for i, a in enumerate(accuracy))}
+
+
+def draw_gaps(folders, path):
+    """In the style of the paper's Fig. 1: score gap by the fixed grader and cosine of the pairs
+    over the iterations, and the held-out win rate; mean and standard deviation over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {"gap/grader": "score gap of the pairs, fixed grader",
+              "pairs/similarity": "cosine of chosen and rejected",
+              "eval/win_rate": "held-out win rate against M_0"}
+    fig, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
+    for ax, (name, title) in zip(axes, panels.items()):
+        for row in ("tsr", "sr", "past_only", "future_only"):
+            runs = [[r[name] for r in metrics(f)[name[:4] != "eval":]] for f in folders[row]]
+            y = [statistics.fmean(values) for values in zip(*runs)]
+            sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in zip(*runs)]
+            x = range(len(y)) if name[:4] == "eval" else range(1, len(y) + 1)
+            ax.errorbar(x, y, sd, marker="o", ms=4, capsize=3, label=row)
+        ax.set(title=title, xlabel="updates of the main line" if name[:4] == "eval" else
+               "iteration", xticks=range(name[:4] != "eval", 5))
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
 
 
 def seconds_per_step(folder):
@@ -101,7 +192,10 @@ def run(script, name, flags, seed):
     folder = ROOT / "runs" / "reproduce" / f"{script}-{slug}-s{seed}"
     if (folder / "summary.json").exists():
         return folder
-    command = [sys.executable, str(ROOT / f"{script}.py")]
+    command, variation = [sys.executable, str(ROOT / f"{script}.py")], name.rpartition(", ")[2]
+    if variation in VARIATIONS:
+        command[1:] = ["-c", f"import sys; sys.path[:0] = ['benchmarks', '.']; import reproduce, "
+                       f"{script} as s; reproduce.VARIATIONS[{variation!r}](s); s.main()"]
     if (folder / "config.json").exists():
         command += ["--resume", str(folder)]
     else:
@@ -124,26 +218,29 @@ def tabulate(script, folders):
         after |= {"steps": [s["steps"] for s in summaries],
                   "seconds": [round(s["seconds"]) for s in summaries],
                   "train_cpu_seconds": [s["train_cpu_seconds"] for s in summaries],
-                  "sampled_tokens": [sampled_tokens(f) for f in found],
-                  "worst_drop": [worst_drop(f) for f in found]}
+                  "sampled_tokens": [sampled_tokens(f) for f in found]}
+        ways = [history(script, f) for f in found]
+        after |= {k: [way[k] for way in ways] for k in ways[0]}
         table[name] = {k: {"seeds": v, "mean": statistics.fmean(v),
                            "sd": statistics.stdev(v) if len(v) > 1 else 0.0}
                        for k, v in after.items()}
     first = next(iter(folders.values()))
     config = json.loads((first[0] / "config.json").read_text())
     before = [summary(f)["before"] for f in first]
-    differences = {}
-    for a, b in DIFFERENCES.get(script, []):
-        values = [x - y for x, y in zip(*(table[row]["accuracy"]["seeds"] for row in (a, b)))]
-        differences[f"{a} - {b}"] = {"seeds": values, "mean": statistics.fmean(values)}
+    differences, main_measure = {}, MEASURE.get(script, "accuracy")
+    for a, b, *other in DIFFERENCES.get(script, []):
+        measure = other[0] if other else main_measure
+        values = [x - y for x, y in zip(*(table[row][measure]["seeds"] for row in (a, b)))]
+        what = ", ".join([f"{a} - {b}", *other])
+        differences[what] = {"seeds": values, "mean": statistics.fmean(values)}
         if len(values) > 1:
             half = T_975.get(len(values), 2.26) * statistics.stdev(values) / len(values) ** 0.5
-            differences[f"{a} - {b}"]["interval_95"] = half
+            differences[what]["interval_95"] = half
     return {"command": f"python benchmarks/reproduce.py --only {script}",
             "commit": config["commit"], "versions": config["versions"],
             "hardware": f"{platform.processor() or platform.machine()}, one thread per run",
             "before": {k: statistics.fmean(b[k] for b in before) for k in before[0]},
-            "rows": table, "accuracy_differences": differences}
+            "rows": table, f"{main_measure}_differences": differences}
 
 
 def markdown(result, columns):
@@ -158,7 +255,8 @@ def markdown(result, columns):
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['steps']['mean']:.0f} | "
                      f"{row['sampled_tokens']['mean'] / 1e6:.2f} M | "
                      f"{row['train_cpu_seconds']['mean']:.0f} |")
-    for name, d in result["accuracy_differences"].items():
+    differences = next(v for k, v in result.items() if k.endswith("_differences"))
+    for name, d in differences.items():
         lines.append(f"{name}: {d['mean']:+.3f} ± {d.get('interval_95', math.nan):.3f} (95 %), "
                      f"{sum(x >= 0 for x in d['seeds'])} of {len(d['seeds'])} seeds >= 0")
     return "\n".join(lines)
@@ -202,6 +300,8 @@ def main():
         target.write_text(json.dumps(result, indent=1) + "\n")
         for (row, picture), ending in PICTURES[script].items():
             shutil.copy(folders[row][0] / picture, target.with_name(script + ending))
+        if script == "temporal_sr":
+            draw_gaps(folders, target.with_name(f"{script}_gap.png"))
         print(markdown(result, COLUMNS[script]))
 
 

@@ -500,7 +500,7 @@ def test_killed_around_stage_1(tmp_path, argv, when, monkeypatch, tiny_folder):
     def killed(*a, **k):
         raise KeyboardInterrupt
 
-    name = {"during": "save_folder", "after": "evaluate"}[when]
+    name = {"during": "keep_sft", "after": "evaluate"}[when]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(carft, name, killed)
         run(tmp_path / "cut", *argv, steps=2)

@@ -388,6 +388,45 @@ def test_folders_are_whole_or_absent(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
 
 
+def test_of_two_that_make_the_same_the_first_stays(tmp_path):
+    target = tmp_path / "cached"
+
+    def write(to):
+        (to / "a").write_text("late")
+        target.mkdir()  # meanwhile another process is done
+        (target / "a").write_text("early")
+
+    common.save_once(target, write)
+    assert (target / "a").read_text() == "early"
+    assert [p.name for p in tmp_path.iterdir()] == ["cached"]
+    common.save_once(tmp_path / "new", lambda to: (to / "a").write_text("1"))
+    assert (tmp_path / "new" / "a").read_text() == "1"
+
+
+def test_special_tokens_in_a_text_are_defused(tiny):
+    tok = tiny[1]
+    special = set(tok.all_special_ids)
+    for text in ("<|end|>", "a<|end|>b", "<|en<|end|>d|>", "<<|user|><|assistant|>|user|>"):
+        assert not special & set(tok(common.defuse(tok, text), add_special_tokens=False).input_ids)
+        turn, harmless = common.encode_questions(tok, [text, "x"])
+        assert [i for i in turn if i in special] == [i for i in harmless if i in special]
+        sample, = common.as_samples(tok, [[1]], [text])
+        assert [i for i in sample.tokens if i in special] == [tok.eos_token_id]
+    assert common.defuse(tok, "1 < 2, <b> |end|") == "1 < 2, <b> |end|"
+
+
+@pytest.mark.parametrize("template, turns", [
+    ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", "[system]S[user]Q"),
+    ("{% for m in messages %}{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}{% endfor %}",
+     "[user]S\n\nQ"),  # leaves it out
+    ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+     "[user]{{ m.content }}{% endfor %}", "[user]S\n\nQ"), (None, "S\n\nQ\n")])
+def test_system_turns(tiny, template, turns, monkeypatch):
+    tok = tiny[1]
+    monkeypatch.setattr(tok, "chat_template", template)
+    assert tok.decode(common.encode_questions(tok, ["Q"], "S")[0]) == turns
+
+
 # ------------------------------------------------------------------------------ answer checking
 
 

@@ -837,7 +837,8 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
     longest = max_new_tokens + max(map(len, prompts), default=0)
     step = max(1, min(rows, KV_BYTES // (per_token * longest)) // group)
     done = {}
-    for start in range(0, len(order), step):
+    starts = range(0, len(order), step)
+    for start in tqdm(starts, "sampling", leave=False, disable=None if len(starts) > 9 else True):
         chosen = order[start:start + step]
         found = decode(model, tok, [prompts[i] for i in chosen], group, max_new_tokens,
                        temperature, generator, read)

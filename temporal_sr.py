@@ -311,6 +311,7 @@ def form_data():
     seen, others = forms[:len(forms) // 6], forms[len(forms) // 6:]
 
     def authored(question):
+        """An answer by one of AUTHORS."""
         p = rng.choice(AUTHORS)
         return fill(rng, question, [rng.random() < p for _ in range(SLOTS)])
 
@@ -897,13 +898,13 @@ def preferences(prompts, chosen, rejected):
     return [row for row in zip(prompts, chosen, rejected) if is_pair(*row[1:])]
 
 
-def part(run, state, name, make, *args):
+def part(run, policy, state, name, make, *args):
     """make(name, *args), or what it gave before the run was killed: the parts of an iteration are
     in the checkpoint."""
     if name not in state["parts"]:
         state["parts"][name] = make(name, *args)
         if run.cfg.save_every and state["step"] % run.cfg.save_every == 0:
-            run.save(make.__self__.policy, None, state | {"step": state["step"] - 1})
+            run.save(policy, None, state | {"step": state["step"] - 1})
     return state["parts"][name]
 
 
@@ -925,7 +926,7 @@ def main(argv=None):
 
     state = {"parts": {}, "answers": 0, "runs": 0, "M_i": M_0}
     state |= run.start(policy, None, grade.evaluate)
-    do = partial(part, run, state)
+    do = partial(part, run, policy, state)
     answers = partial(candidates, do, models)
     for step in run.steps(state):
         M_i = models.current = state["M_i"]       # the judge, the initial weights, the reference

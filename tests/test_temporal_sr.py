@@ -203,7 +203,9 @@ def test_roles(tmp_path, argv, monkeypatch, tiny_folder):
     assert not log
 
 
-def test_the_reference_is_computed_once_and_training_starts_at_ln_2(tmp_path, monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_reference_is_computed_once_and_training_starts_at_ln_2(tmp_path, monkeypatch,
+                                                                    temperature):
     references, losses = spy(monkeypatch, temporal_sr, "batch_logps"), []
     real = temporal_sr.dpo_loss
 
@@ -212,7 +214,7 @@ def test_the_reference_is_computed_once_and_training_starts_at_ln_2(tmp_path, mo
         return losses[-1]
 
     monkeypatch.setattr(temporal_sr, "dpo_loss", seen)
-    run(tmp_path / "r", "--batch", 4, steps=1)
+    run(tmp_path / "r", "--batch", 4, "--temperature", temperature, steps=1)
     assert len(references) == 2  # of M_f and of M_1
     first, margin = losses[0]
     assert first.tolist() == pytest.approx([math.log(2)] * len(first), abs=1e-5)
@@ -237,22 +239,27 @@ def test_dpo_gradient_does_not_depend_on_micro_batches(policy, tiny, n, monkeypa
         return 1.0
 
     monkeypatch.setattr(temporal_sr, "update", update)
-    for cfg.micro_tokens, some in ((4096, pairs), (1, pairs), (60, pairs[::-1])):
-        found = temporal_sr.dpo(policy, [some], opt, cfg, "here")
-        assert found["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    margins = []
-    for chosen, rejected in pairs:
-        both = []
-        for s in (chosen.sample, rejected.sample):
-            logits = policy(torch.tensor([[*s.prompt, *s.tokens]])).logits[0, len(s.prompt) - 1:-1]
-            assert s.tokens[-1] == tok.eos_token_id
-            both.append(logits.log_softmax(-1)[range(len(s.tokens)), s.tokens].sum())
-        margins.append(cfg.beta * (both[0] - both[1] - (both[0] - both[1]).detach()))
-    loss = -torch.nn.functional.logsigmoid(torch.stack(margins)).mean()
-    truth = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
-    assert truth.abs().max() > 1e-3
-    for grad in seen:
-        assert torch.allclose(grad, truth, atol=1e-6)
+    cfg.batch, batches = 3, [pairs[:3], pairs[3:]][:1 + (n > 3)]
+    for cfg.micro_tokens, some in ((4096, batches), (1, batches),
+                                   (60, [batch[::-1] for batch in batches])):
+        found = temporal_sr.dpo(policy, some, opt, cfg, "here")
+        assert found["loss"] == pytest.approx(math.log(2), abs=1e-5)  # every pair has its reference
+    for i, batch in enumerate(batches):
+        margins = []
+        for chosen, rejected in batch:
+            both = []
+            for s in (chosen.sample, rejected.sample):
+                ids = torch.tensor([[*s.prompt, *s.tokens]])
+                logits = policy(ids).logits[0, len(s.prompt) - 1:-1]
+                assert s.tokens[-1] == tok.eos_token_id
+                both.append(logits.log_softmax(-1)[range(len(s.tokens)), s.tokens].sum())
+            margins.append(cfg.beta * (both[0] - both[1] - (both[0] - both[1]).detach()))
+        loss = -torch.nn.functional.logsigmoid(torch.stack(margins)).mean()
+        truth = torch.cat([g.flatten() for g in torch.autograd.grad(
+            loss, list(policy.parameters()))])
+        assert truth.abs().max() > 1e-3
+        for grad in seen[i::len(batches)]:
+            assert torch.allclose(grad, truth, atol=1e-6)
 
 
 def test_identical_answers_have_no_gradient(policy, tiny):
@@ -262,6 +269,48 @@ def test_identical_answers_have_no_gradient(policy, tiny):
     opt = common.MasterAdamW(policy, lr=1e-3)
     found = temporal_sr.dpo(policy, [[(one, one)]], opt, cfg, "here")
     assert found["grad_norm"] < 1e-5
+
+
+def test_bfloat16_weights_do_not_forget_small_steps(policy, tiny):
+    """A run's steps are far below bfloat16's rounding; M_i+1 has them all the same, and the next
+    run goes on from there."""
+    cfg = temporal_sr.parse(["--lr", "1e-6", "--batch", "2"])
+    policy.bfloat16()
+    models = temporal_sr.Models(policy, tiny[1], None, cfg)
+    M_0 = models.current = models.snapshot()
+    a, b = (temporal_sr.Candidate(s, "present") for s in common.as_samples(
+        tiny[1], common.encode_questions(tiny[1], ["p", "p"]), ["a b", "c"]))
+    seen = []
+    for step in (1, 2):
+        models.current, _ = models.learn("M_i+1", [(None, a, b), (None, a, b)], step)
+        seen.append(models.current)
+    name = max(M_0, key=lambda n: M_0[n].abs().mean())
+    assert all(w.dtype == torch.float32 for w in seen[1].values())
+    first, second = ((x[name] - M_0[name]).abs().max().item() for x in seen)
+    assert 5e-7 < first < 2e-6 and 1.5e-6 < second < 4e-6
+    assert (dict(policy.named_parameters())[name].float() == M_0[name]).float().mean() > .9
+
+
+def test_chunks_of_prompts_are_disjoint_and_the_same_in_both_phases(tmp_path, monkeypatch):
+    asked = spy(monkeypatch, temporal_sr.Models, "answers")
+    run(tmp_path / "r")
+    chunks = [[p.question for p in a[3]] for a, _ in asked]
+    assert [a[1] for a, _ in asked] == ["present", "past", "future"] * 2
+    assert chunks[0] == chunks[1] == chunks[2] != chunks[3] == chunks[4] == chunks[5]
+    assert len(set(chunks[0] + chunks[3])) == 16
+    run(tmp_path / "s", "--seed", 1, "--sft_steps", 1)
+    assert [p.question for p in asked[6][0][3]] != chunks[0]
+
+
+def test_runs_rates():
+    cfg = temporal_sr.parse([])
+    assert temporal_sr.run_rates(cfg, 1, 2.0) == [2.0]  # no step is lost to a rate of 0
+    assert temporal_sr.run_rates(cfg, 9, 2.0)[0] == 2.0
+    rates = temporal_sr.run_rates(cfg, 125, 5e-7)
+    assert rates[0] == 0 and rates[13] == 5e-7 and len(rates) == 125
+    cfg.warmup_steps = 4
+    assert temporal_sr.run_rates(cfg, 8, 1.0)[:5] == [0, .25, .5, .75, 1]
+    assert temporal_sr.run_rates(cfg, 3, 1.0) == [0, .5, 1]  # never longer than the run
 
 
 # ------------------------------------------------------------------------------------------- resume
@@ -456,6 +505,63 @@ def test_an_instruct_model_is_m_0_as_it_is(tmp_path, llama_folder, monkeypatch):
     temporal_sr.main(local(tmp_path, llama_folder(), "--sft_steps", 0, rows=rows, eft=[]))
     assert not (tmp_path / "r" / "sft").exists()
     assert len(open(tmp_path / "r" / "metrics.jsonl").readlines()) == 3
+
+
+def test_the_fixed_grader_of_real_data_is_m_0(tmp_path, llama_folder, monkeypatch):  # noqa: F811
+    """It alone grades, with --judge, too, and leaves M_i where similarities are measured."""
+    monkeypatch.setattr(temporal_sr, "sample", finishing)
+    monkeypatch.setattr(temporal_sr, "JUDGE", temporal_sr.FORM_JUDGE)
+    graded, measured = [], []
+    real, real_similarities = temporal_sr.Models.judged, temporal_sr.similarities
+
+    def judged(self, weights, pairs, *names):
+        graded.append((names, digest(weights)))
+        return real(self, weights, pairs, *names)
+
+    def similarities(policy, *a):
+        measured.append(digest({n: p.detach() for n, p in common.trained(policy)}))
+        return real_similarities(policy, *a)
+
+    monkeypatch.setattr(temporal_sr.Models, "judged", judged)
+    monkeypatch.setattr(temporal_sr, "similarities", similarities)
+    learned = spy(monkeypatch, temporal_sr.Models, "learn")
+    temporal_sr.main(local(tmp_path, llama_folder(), "--method", "sr"))
+    M_0 = graded[0][1]
+    assert {w for names, w in graded if names[-1] == "grader"} == {M_0}
+    by_step = {names[0]: w for names, w in graded if names[-1] == "present"}
+    assert by_step[1] == M_0 != by_step[2] == digest(learned[0][1][0])
+    assert measured == [by_step[1], by_step[2]]
+    assert torch.equal(weights(tmp_path / "r"), torch.cat([
+        w.flatten() for w in learned[1][1][0].values()]))
+
+
+def test_prompts_of_more_than_512_tokens_are_left_out(tmp_path, llama_folder,  # noqa: F811
+                                                      monkeypatch, refused):
+    monkeypatch.setattr(temporal_sr, "MAX_PROMPT", 2)
+    error = refused(temporal_sr.main, *local(tmp_path, llama_folder()))
+    assert "it has 0 prompts of at most 2 tokens" in error
+
+
+def test_spin_chooses_the_datas_answers(tmp_path, llama_folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(temporal_sr, "sample", finishing)
+    monkeypatch.setattr(temporal_sr, "JUDGE", temporal_sr.FORM_JUDGE)
+    learned = spy(monkeypatch, temporal_sr.Models, "learn")
+    rows = [{**r, "response": r["response"] + " and so on" * (i % 2) * 20}
+            for i, r in enumerate(ROWS * 1)]
+    temporal_sr.main(local(tmp_path, llama_folder(), "--method", "spin", rows=rows))
+    for (_, _, pairs, _), _ in learned:
+        for problem, chosen, rejected in pairs:
+            assert chosen.sample.text == problem.solution and len(chosen.sample.tokens) <= 40
+            assert (chosen.source, rejected.source) == ("data", "present")
+
+
+def test_rs_sft_learns_all_best_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(temporal_sr, "parse_score", lambda text: 3.0)  # so no pair
+    learned = spy(monkeypatch, temporal_sr.Models, "learn")
+    monkeypatch.setattr(temporal_sr, "sample", finishing)
+    rows = run(tmp_path / "r", "--method", "rs_sft", steps=1)
+    assert rows[1]["pairs/kept"] == 0 and rows[1]["dpo/grad_norm"] > 0
+    assert len(learned[0][0][2]) == 8
 
 
 def test_the_four_kinds_of_data_are_disjoint(tmp_path):

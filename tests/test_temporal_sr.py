@@ -141,6 +141,22 @@ def test_switches(tmp_path, argv):
         assert ("--strict_anchor" in argv) == (r["pairs/from_past"] == 1)
 
 
+def test_the_cache_of_m_0_knows_what_made_it(tmp_path, monkeypatch):
+    ift, eft, *_ = temporal_sr.form_data()
+    where = SimpleNamespace(folder=tmp_path)
+
+    def folder(*argv, ift=ift, eft=eft, base=tmp_path / "base"):
+        return temporal_sr.sft_folder(temporal_sr.parse(list(argv)), where, base, ift, eft)
+
+    assert folder() == folder("--method", "sr") == folder("--lr", "1", "--prompts", "7")
+    others = [folder("--seed", "1"), folder("--sft_steps", "9"), folder("--sft_lr", "1"),
+              folder("--batch", "9"), folder("--lora"), folder(ift=ift[1:]), folder(eft=eft[1:]),
+              folder(base=tmp_path / "other"), folder("--max_new_tokens", "9")]
+    assert len({folder(), *others}) == 10
+    assert folder("--dataset", "x.jsonl") == tmp_path / "sft"
+    assert folder("--model", str(common.tiny_model_folder())) == tmp_path / "sft"
+
+
 def test_sampled_tokens_end_the_run(tmp_path):
     assert len(run(tmp_path / "r", "--method", "sr", "--sampled_tokens", 10, steps=4)) == 2
 

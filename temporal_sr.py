@@ -619,7 +619,7 @@ class Grader:
         """[(question, response)] -> grades, a tensor; nan where a judge gives none"""
         if self.cfg.dataset == "tiny":
             return torch.tensor([form_grade(*pair) for pair in pairs])
-        said = self.models.judged(self.M_0, pairs, *names, "grader")
+        said = self.models.judged_by(self.M_0, pairs, *names, "grader")
         return torch.tensor([score for score, *_ in said])
 
     def answers(self, weights, name):
@@ -636,6 +636,8 @@ class Grader:
         said = self.models.judged(weights, self.base, "held-out")
         scores, k = torch.tensor([score for score, *_ in said]), self.cfg.eval_samples
         self.models.load(weights)
+        if grades.isnan().all():
+            tqdm.write("note: the fixed grader gives no valid grade, so no win rate and no gap")
         if self.cfg.method != "spin" and not self.last and scores.isnan().all():
             fail(f"--judge {self.cfg.judge}: none of its {len(scores)} judgements of M_0's answers "
                  "to held-out prompts has a valid score, see the prompt in section 2; SFT with "
@@ -689,16 +691,20 @@ class Models:
                       self.cfg.max_new_tokens, self.cfg.temperature, self.generator(*names))
 
     def judged(self, weights, pairs, *names):
-        """`judgements` of (question, response) pairs by a snapshot, or by the other model."""
-        rng = self.generator(*names, "judge")
+        """`judgements` of (question, response) pairs by --judge: a snapshot, or the other model."""
         if not self.judge:
-            self.load(weights)
-            return judgements(self.policy, self.tok, pairs, self.cfg, rng)
+            return self.judged_by(weights, pairs, *names)
         self.policy.to("cpu")
-        found = judgements(self.judge[0].to(self.cfg.device), self.judge[1], pairs, self.cfg, rng)
+        found = judgements(self.judge[0].to(self.cfg.device), self.judge[1], pairs, self.cfg,
+                           self.generator(*names, "judge"))
         self.judge[0].to("cpu")
         self.policy.to(self.cfg.device)
         return found
+
+    def judged_by(self, weights, pairs, *names):
+        """The same by a snapshot, whatever --judge is."""
+        self.load(weights)
+        return judgements(self.policy, self.tok, pairs, self.cfg, self.generator(*names, "judge"))
 
     def answers(self, source, weights, prompts, step):
         """K answers of a snapshot to every prompt, scored by M_i, `packed`. spin: one answer, of

@@ -34,11 +34,6 @@ def poor_judge(script):
     script.JUDGE_NOISE = 0.3
 
 
-def poor_authors(script):
-    """M_0 starts farther below the ceiling of the task."""
-    script.AUTHORS = (0.05, 0.2, 0.4)
-
-
 def blind_judge(script):
     """A judge that learned to let one of the four fillers pass: a bias, where the noise is none."""
     def form_judgement(rng, question, answer):
@@ -59,7 +54,7 @@ def sgd(script):
     run_dpo, script.dpo = script.dpo, dpo
 
 
-VARIATIONS = {f.__name__.replace("_", " "): f for f in (poor_judge, poor_authors, blind_judge, sgd)}
+VARIATIONS = {f.__name__.replace("_", " "): f for f in (poor_judge, blind_judge, sgd)}
 # script: rows of the table; the first one sets the number of sampled tokens or of steps
 ROWS = {
     "gcpo": {

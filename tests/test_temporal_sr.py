@@ -125,8 +125,8 @@ def test_sr_is_both_switches_off(tmp_path):
 
 def test_past_only_goes_on_from_what_is_m_f_in_tsr(tmp_path, monkeypatch):
     calls = spy(monkeypatch, temporal_sr.Models, "learn")
-    run(tmp_path / "tsr", steps=1)
-    run(tmp_path / "past", "--method", "past_only", steps=1)
+    run(tmp_path / "tsr", "--batch", 4, steps=1)
+    run(tmp_path / "past", "--batch", 4, "--method", "past_only", steps=1)
     (M_f, _), (M_1, _), (past, _) = (found for _, found in calls)
     assert all(torch.equal(M_f[name], past[name]) for name in past)
     assert any(not torch.equal(M_1[name], past[name]) for name in past)
@@ -468,7 +468,21 @@ def test_a_judge_of_its_own(tmp_path, monkeypatch):
     run(tmp_path / "j", "--method", "sr", steps=1)
     judge = tmp_path / "j" / "model"
     asked = spy(monkeypatch, temporal_sr, "judgements")
+    current, started = [], []
+    real_answers, real_dpo = temporal_sr.Models.answers, temporal_sr.dpo
+
+    def answers(self, *a):
+        current.append(digest(self.current))
+        return real_answers(self, *a)
+
+    def dpo(policy, *a):
+        started.append(digest({n: p.detach() for n, p in common.trained(policy)}))
+        return real_dpo(policy, *a)
+
+    monkeypatch.setattr(temporal_sr.Models, "answers", answers)
+    monkeypatch.setattr(temporal_sr, "dpo", dpo)
     rows = run(tmp_path / "r", "--judge", judge)
+    assert started == [current[0]] * 2 + [current[3]] * 2  # though M_0 or M_f sampled last
     assert {flat(a[0]).tolist().__repr__() for a, _ in asked} == {
         flat(AutoModelForCausalLM.from_pretrained(judge)).tolist().__repr__()}
     assert rows != run(tmp_path / "self")
@@ -523,14 +537,16 @@ def test_an_instruct_model_is_m_0_as_it_is(tmp_path, llama_folder, monkeypatch):
     assert len(open(tmp_path / "r" / "metrics.jsonl").readlines()) == 3
 
 
-def test_the_fixed_grader_of_real_data_is_m_0(tmp_path, llama_folder, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("other", [False, True])
+def test_the_fixed_grader_of_real_data_is_m_0(tmp_path, llama_folder, monkeypatch,  # noqa: F811
+                                              other):
     """It alone grades, with --judge, too, and leaves M_i where similarities are measured."""
     monkeypatch.setattr(temporal_sr, "sample", finishing)
     monkeypatch.setattr(temporal_sr, "JUDGE", temporal_sr.FORM_JUDGE)
     graded, measured = [], []
-    real, real_similarities = temporal_sr.Models.judged, temporal_sr.similarities
+    real, real_similarities = temporal_sr.Models.judged_by, temporal_sr.similarities
 
-    def judged(self, weights, pairs, *names):
+    def judged_by(self, weights, pairs, *names):
         graded.append((names, digest(weights)))
         return real(self, weights, pairs, *names)
 
@@ -538,15 +554,16 @@ def test_the_fixed_grader_of_real_data_is_m_0(tmp_path, llama_folder, monkeypatc
         measured.append(digest({n: p.detach() for n, p in common.trained(policy)}))
         return real_similarities(policy, *a)
 
-    monkeypatch.setattr(temporal_sr.Models, "judged", judged)
+    monkeypatch.setattr(temporal_sr.Models, "judged_by", judged_by)
     monkeypatch.setattr(temporal_sr, "similarities", similarities)
     learned = spy(monkeypatch, temporal_sr.Models, "learn")
-    temporal_sr.main(local(tmp_path, llama_folder(), "--method", "sr"))
+    more = ["--judge", llama_folder()] if other else []
+    temporal_sr.main(local(tmp_path, llama_folder(), "--method", "sr", *more))
     M_0 = graded[0][1]
     assert {w for names, w in graded if names[-1] == "grader"} == {M_0}
     by_step = {names[0]: w for names, w in graded if names[-1] == "present"}
-    assert by_step[1] == M_0 != by_step[2] == digest(learned[0][1][0])
-    assert measured == [by_step[1], by_step[2]]
+    assert by_step == ({} if other else {1: M_0, 2: digest(learned[0][1][0])})
+    assert measured == [M_0, digest(learned[0][1][0])] and measured[0] != measured[1]
     assert torch.equal(weights(tmp_path / "r"), torch.cat([
         w.flatten() for w in learned[1][1][0].values()]))
 

@@ -726,16 +726,16 @@ class Models:
             return self.current, {}
         opt = MasterAdamW(self.policy, lr=cfg.lr)
         with torch.no_grad():  # what bfloat16 weights had to round off
-            for master, (name, _) in zip(opt.masters, trained(self.policy)):
-                master.copy_(self.current[name])
+            for master, (key, _) in zip(opt.masters, trained(self.policy)):
+                master.copy_(self.current[key])
         order = random.Random(f"{cfg.seed}/{step}/order").sample(range(len(pairs)), len(pairs))
         batches = [[pairs[i][1:] for i in order[n:n + cfg.batch]]
                    for n in range(0, len(pairs), cfg.batch)]
         train = sft if cfg.method == "rs_sft" else dpo
         found = train(self.policy, batches, opt, cfg, where)
         opt.release()
-        return {name: master.detach().to("cpu", copy=True)
-                for master, (name, _) in zip(opt.masters, trained(self.policy))}, found
+        return {key: master.detach().to("cpu", copy=True)
+                for master, (key, _) in zip(opt.masters, trained(self.policy))}, found
 
 
 def packed(drawn, said):

@@ -307,6 +307,14 @@ def test_bfloat16_weights_do_not_forget_small_steps(policy, tiny):
     assert (dict(policy.named_parameters())[name].float() == M_0[name]).float().mean() > .9
 
 
+def test_a_run_without_pairs_leaves_m_i(policy, tiny):
+    models = temporal_sr.Models(policy, tiny[1], None, temporal_sr.parse([]))
+    models.current = models.snapshot()
+    models.load({name: w + 1 for name, w in models.current.items()})
+    new, found = models.learn("M_f", [], 1)
+    assert found == {} and digest(new) == digest(models.snapshot()) == digest(models.current)
+
+
 def test_chunks_of_prompts_are_disjoint_and_the_same_in_both_phases(tmp_path, monkeypatch):
     asked = spy(monkeypatch, temporal_sr.Models, "answers")
     run(tmp_path / "r")

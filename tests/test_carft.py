@@ -135,9 +135,9 @@ def test_sft_is_cross_entropy_on_the_annotated_cot(policy, tiny):
         found.update({k: p.grad.clone() for k, p in policy.named_parameters()})
         return update(*a)
 
-    update = carft.update
+    update = common.update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(carft, "update", keep)
+        patch.setattr(common, "update", keep)
         loss, _ = carft.sft_step(policy, samples, opt, cfg, 1, [1e-3])
     assert loss == pytest.approx((total / n).item(), abs=1e-5)
     for name, grad in expected.items():

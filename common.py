@@ -1402,6 +1402,7 @@ class Run:
                 line, = ax.plot(x, [sum(r) / len(r) for r in recent], lw=2, label=label)
                 ax.plot(x, y, lw=0.5, alpha=0.4, color=line.get_color())
             ax.set(title=title, xlabel="step")
+            ax.xaxis.get_major_locator().set_params(integer=True)
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)
         name = Path(self.cfg.model).name

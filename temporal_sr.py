@@ -213,7 +213,7 @@ CURVES = {
     "held-out win rate against M_0": ["eval/win_rate"],
     "judge: pairs in the grader's order": ["eval/judge_order"],
     "pairs": ["pairs/kept", "pairs/from_*", "pairs/misordered"],
-    "gradient norm": ["dpo/*norm", "future/*norm"],
+    "DPO: gradient norms, mean margin": ["dpo/*norm", "dpo/margin"],
 }
 
 

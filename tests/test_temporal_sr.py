@@ -135,7 +135,8 @@ def test_past_only_goes_on_from_what_is_m_f_in_tsr(tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv", [["--strict_anchor"], ["--judge_samples", 2],
                                   ["--judge_temperature", 0], ["--temperature", .7],
                                   ["--eval_samples", 1], ["--warmup_steps", 1]])
-def test_switches(tmp_path, argv):
+def test_switches(tmp_path, argv, monkeypatch):
+    monkeypatch.setattr(temporal_sr, "sample", finishing)
     for r in run(tmp_path / "r", *argv, steps=1)[1:]:
         assert math.isfinite(r["dpo/loss"])
         assert ("--strict_anchor" in argv) == (r["pairs/from_past"] == 1)

@@ -133,13 +133,20 @@ def test_past_only_goes_on_from_what_is_m_f_in_tsr(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [["--strict_anchor"], ["--judge_samples", 2],
-                                  ["--judge_temperature", 0], ["--temperature", .7],
+                                  ["--temperature", .7],
                                   ["--eval_samples", 1], ["--warmup_steps", 1]])
-def test_switches(tmp_path, argv, monkeypatch):
-    monkeypatch.setattr(temporal_sr, "sample", finishing)
+def test_switches(tmp_path, argv):
     for r in run(tmp_path / "r", *argv, steps=1)[1:]:
         assert math.isfinite(r["dpo/loss"])
         assert ("--strict_anchor" in argv) == (r["pairs/from_past"] == 1)
+
+
+def test_the_judge_has_a_temperature_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(temporal_sr, "sample", finishing)
+    calls = spy(monkeypatch, temporal_sr, "sample")
+    run(tmp_path / "r", "--judge_temperature", 0, "--temperature", .7, "--method", "sr", steps=1)
+    # M_0's held-out answers, those against them, their judge; answers, their judge; the last two
+    assert [a[5] for a, _ in calls] == [.7, .7, 0, .7, 0, .7, 0]
 
 
 def test_the_cache_of_m_0_knows_what_made_it(tmp_path, monkeypatch):

@@ -856,8 +856,12 @@ def set_up(cfg, run):
     judge = None if cfg.judge == "self" else load_model(cfg.judge, cfg, flag="--judge")
     if judge:
         judge[0].to("cpu")
-    base = form_base(*form_data()[:2]) if cfg.model == "tiny" else cfg.model
+    base = cfg.model
+    if base == "tiny":
+        base = form_base(*((ift, eft) if cfg.dataset == "tiny" else form_data()[:2]))
     folder = sft_folder(cfg, run, base, ift, eft)
+    if folder.is_dir():  # SFT is done
+        ift, eft = [], []
     policy, tok = load_model(str(folder if folder.is_dir() else base), cfg, cfg.lora)
     ift, prompts, held_out = (
         encode_prompts(part, policy, tok, "", cfg.max_new_tokens, what) if part else []

@@ -161,14 +161,14 @@ def draw_gaps(folders, path):
               "eval/win_rate": "held-out win rate against M_0"}
     fig, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
     for ax, (name, title) in zip(axes, panels.items()):
+        first = 0 if name.startswith("eval/") else 1  # M_0 is evaluated, too, but gave no pairs
         for row in ("tsr", "sr", "past_only", "future_only"):
-            runs = [[r[name] for r in metrics(f)[name[:4] != "eval":]] for f in folders[row]]
+            runs = [[r[name] for r in metrics(f)[first:]] for f in folders[row]]
             y = [statistics.fmean(values) for values in zip(*runs)]
             sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in zip(*runs)]
-            x = range(len(y)) if name[:4] == "eval" else range(1, len(y) + 1)
-            ax.errorbar(x, y, sd, marker="o", ms=4, capsize=3, label=row)
-        ax.set(title=title, xlabel="updates of the main line" if name[:4] == "eval" else
-               "iteration", xticks=range(name[:4] != "eval", 5))
+            ax.errorbar(range(first, first + len(y)), y, sd, marker="o", ms=4, capsize=3, label=row)
+        ax.set(title=title, xlabel="iteration" if first else "updates of the main line",
+               xticks=range(first, 5))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     fig.tight_layout()

@@ -709,14 +709,14 @@ def tiny_tokenizer(texts, vocab_size=320):
     return tok
 
 
-def tiny_model(tok):
+def tiny_model(tok, layers=2, kv_heads=2):
     """251 k parameters of the architecture that the one-GPU tier uses."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tok), hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=288, max_position_embeddings=256,
+        vocab_size=len(tok), hidden_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=kv_heads, intermediate_size=288, max_position_embeddings=256,
         tie_word_embeddings=True, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
         bos_token_id=None))
 
@@ -993,10 +993,12 @@ def hidden_states(model, ids):
     return causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=None):
+def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=None,
+                   entropy_grad=False):
     """log pi(ids[:, t] | ids[:, <t]) and the entropy of that distribution. -> 2 x (n, L), float32
 
-    Zero outside `mask`; the entropy carries no gradient, and is all zero unless asked for. Only
+    Zero outside `mask`; the entropy is all zero unless asked for, and carries gradient only with
+    `entropy_grad`. Only
     masked positions reach the LM head, in chunks recomputed in the backward pass, so (n, L, V)
     never exists. `hidden` are the `hidden_states` of `ids`, where they are at hand.
     """
@@ -1009,7 +1011,7 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
         logp = torch.log_softmax(suppress(model, head(h).float()) / temperature, -1)
         entropy = torch.zeros(len(y), device=y.device)
         if with_entropy:
-            with torch.no_grad():
+            with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
                 entropy = entropy_of(logp.exp(), logp)
         return logp.gather(1, y[:, None]).squeeze(1), entropy
 
@@ -1236,6 +1238,7 @@ class Run:
     def __init__(self, cfg, script, metrics, curves):
         self.cfg, self.script, self.metrics, self.curves = cfg, script, metrics, curves
         self.folder, self.started = Path(cfg.out), time.perf_counter()
+        self.end = cfg.steps  # a script of several stages sets the end of each
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not cfg.resume and (self.folder / "config.json").exists():
@@ -1257,7 +1260,8 @@ class Run:
         except OSError:  # no git on this machine
             git = ""
         cuda = self.cfg.device != "cpu"
-        libraries = ("torch", "transformers", "tokenizers", "datasets", "peft", "math-verify")
+        libraries = ("torch", "transformers", "tokenizers", "datasets", "peft", "math-verify",
+                     "langdetect")
         return {"script": self.script, "config": asdict(self.cfg),
                 "versions": {"python": platform.python_version(),
                              **{x: importlib.metadata.version(x) for x in libraries}},
@@ -1300,25 +1304,24 @@ class Run:
 
         save_folder(self.folder / "checkpoint", write)
 
-    def restore(self, model, opt):
-        """The last checkpoint's `state`; None for a new run or one killed before its first
-        checkpoint. Cuts the logs back to the rows that the checkpoint knows."""
-        if not self.cfg.resume:
-            return None
+    def checkpoint(self):
+        """The folder of the last whole checkpoint, None without one."""
         found = [f for f in (self.folder / "checkpoint", self.folder / "checkpoint.old")
                  if f.is_dir()]
+        return found[0] if found else None
+
+    def restore(self, model, opt):
+        """The last checkpoint's `state`; None for a new run or one killed before its first
+        checkpoint. Cuts the logs back to the rows that the checkpoint knows. Without a model the
+        weights are left alone, see `load`."""
+        if not self.cfg.resume:
+            return None
         logs, state = {"metrics.jsonl": 0, "samples.jsonl": 0}, None
-        if found:
-            extra = torch.load(found[0] / "state.pt", map_location="cpu", weights_only=True)
-            saved = load_file(found[0] / "weights.safetensors")
-            with torch.no_grad():
-                for name, p in trained(model):
-                    p.copy_(saved[name])
-                for (_, m), s in zip(opt.pairs if opt else [], extra.get("masters", [])):
-                    m.copy_(s)
-            if opt:
-                opt.load_state_dict(extra["optimizer"])
-            rng_state(extra["rng"])
+        if self.checkpoint():
+            extra = torch.load(self.checkpoint() / "state.pt", map_location="cpu",
+                               weights_only=True, mmap=True)
+            if model:
+                self.load(model, opt)
             logs, state = extra["logs"], extra["state"]
             self.started -= state["seconds"]
         for name, size in logs.items():
@@ -1327,6 +1330,20 @@ class Run:
         where = f"after step {state['step']}" if state else "at the start (no checkpoint yet)"
         print(f"resuming {self.folder} {where}")
         return state
+
+    def load(self, model, opt):
+        """Puts the last checkpoint's weights, optimizer and RNG states back; a script of several
+        stages calls it in the stage that the checkpoint is of."""
+        extra = torch.load(self.checkpoint() / "state.pt", map_location="cpu", weights_only=True)
+        saved = load_file(self.checkpoint() / "weights.safetensors")
+        with torch.no_grad():
+            for name, p in trained(model):
+                p.copy_(saved[name])
+            for (_, m), s in zip(opt.pairs if opt else [], extra.get("masters", [])):
+                m.copy_(s)
+        if opt:
+            opt.load_state_dict(extra["optimizer"])
+        rng_state(extra["rng"])
 
     def open(self):
         """Writes config.json: the folder counts as a run from here on, when all input has proved
@@ -1348,9 +1365,8 @@ class Run:
 
     def steps(self, state):
         """Counts state["step"] up to the end of the run, with one bar (silent when piped)."""
-        cfg = self.cfg
-        bar = tqdm(total=cfg.steps, initial=state["step"], desc=self.script, disable=None)
-        while state["step"] < cfg.steps and not self.sampled_enough(state):
+        bar = tqdm(total=self.end, initial=state["step"], desc=self.script, disable=None)
+        while state["step"] < self.end and not self.sampled_enough(state):
             state["step"] += 1
             self.step_started = time.process_time()
             yield state["step"]
@@ -1365,7 +1381,7 @@ class Run:
         cfg, step = self.cfg, state["step"]
         spent = time.process_time() - self.step_started
         state["train_cpu_seconds"] = state.get("train_cpu_seconds", 0.0) + spent
-        last = step == cfg.steps or self.sampled_enough(state)
+        last = step == self.end or self.sampled_enough(state)
         if last or (cfg.eval_every and step % cfg.eval_every == 0):
             state |= {"after": evaluate(), "evaluated": step}
             values = values | {f"eval/{k}": v for k, v in state["after"].items()}
@@ -1423,6 +1439,8 @@ class Run:
                    "seed": self.cfg.seed, "steps": state["step"], "seconds": self.seconds(),
                    "train_cpu_seconds": state.get("train_cpu_seconds", 0.0), "before": before,
                    "after": after}
+        if "stages" in state:
+            summary["stages"] = state["stages"]
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
         print(f"\n{'held-out':<18}{'before':>8}{'after':>8}")
         for name in after:

@@ -9,23 +9,23 @@ THE IDEA
     term that is weighted token by token.
 
 THE LOOP                                               code                    source
-    A prompts of 1-5 verifiable constraints; K         make_prompts, conflict, [abstract]
-      responses each tell easy from hard                 hardness
-    B Zero-RL: GRPO, length reward; easy, then hard    reinforce               [readme; code]
-    C cold start: of its responses those that are      extract, depth,         [abstract]
-      correct, deep enough, fluent                       fluent
+    A prompts with 1-5 verifiable constraints, hard,   make_prompts, conflict, [abstract]
+      easy or passed, by K responses to each             hardness
+    B Zero-RL: GRPO, length reward; easy, then hard    reinforce, reward       [readme; code]
+    C cold start: responses of its model that are      extract, depth, fluent  [abstract; 2nd]
+      correct, deep enough and fluent
     D Entropy-SFT of the first model, on the tokens    fine_tune,              [code]
       with the largest NLL - lambda_H entropy            select_tokens
     E TEA-RL on easy, then on hard prompts:            reinforce
-      R = all met + weights of those met                 dense_reward          [code]
+      R = all met + weights of those met                 reward, dense_reward  [code]
       A = (R - mean R) / std R in a group of G           group_advantages      [code]
       dual-clip loss + .001 KL - TEA                     policy_loss, k3_kl    [code]
-      TEA: entropy, weighted by softmax of the           tea_weights,          [code]
+      TEA: entropy, weighted by a softmax of the         tea_weights,          [code]
       covariance of A and log-probability                tea_coefficients
 
 METHODS  --method    B    C, D       E
-         light_if    x    entropy    TEA length-scaled, easy then hard
-         grpo                        GRPO from the first model: as the released scripts run
+         light_if    x    entropy    TEA, length-scaled
+         grpo                        GRPO from the first model: what the released scripts run
          sft_grpo         plain      GRPO; the cold start is the first model's own
 
 WHAT IS KNOWN OF THE PAPER
@@ -34,36 +34,39 @@ WHAT IS KNOWN OF THE PAPER
     code runs plain GRPO with the dense reward: its TEA cannot be reached, its length reward and its
     fluency judge are never used, and it has no code for A, C and evaluation. So, decided here:
 
-    D1  A: 1 to 5 IFEval constraints behind a seed instruction, as sentences of our own. Types that
-        exclude each other are IFEval's, and a few more; so are words both wanted and forbidden
+    D1  A: 1 to 5 of IFEval's constraints behind a seed instruction, as sentences of our own. Types
+        that exclude each other are IFEval's, and a few more; so are arguments that do
     D2  a model whose chat template knows no thinking is asked to think by a line of ours
     D3  IFEval's checkers give the original's verdict, but: sentences are split by a rule, not by
-        NLTK's punkt data; words in capitals by a rule like its tokenizer; a letter that is none
-        (`#`) is counted as it is, where IFEval draws one at random; langdetect has a fixed seed
+        NLTK's punkt data; words in capitals are found by a rule like its tokenizer's; keywords and
+        other arguments are literal text, not regular expressions; a letter that is none (`#`) is
+        counted as it is, where IFEval draws one at random; langdetect has a fixed seed
     D4  pass: all K responses are right, easy: some, hard: none, but they meet a constraint
         [2nd: three classes; the limits are ours]. Prompts that some response solved, pass and
         easy, are those that the cold start is sampled from
     D5  weights of the code's table: .10 for what is exact, .05 for a bound, .20 for a forbidden
-        letter; types that are not in it likewise
+        letter; types that are not in it likewise, and a list of keywords once
     D6  both stages of RL halve into an easy and a hard part with a reference and an optimizer of
         its own, as the scripts have them [code]
-    D7  Zero-RL: R = acc + point + length reward, with L_max = --max_new_tokens; the code computes
-        the length reward, with 8192, and adds it nowhere
+    D7  Zero-RL: R = all met + length reward, L_max = --max_new_tokens; the code computes the length
+        reward, with 8192, and adds it nowhere
     D8  deep enough: every constraint is named in the thinking before and after the draft, which is
         the longest passage that it shares with the answer
     D9  fluent: a rule on repetition; --judge MODEL rates with a prompt of ours on the code's scale,
         6 or more is fluent. One response per draw of a prompt; TRIES bounds the cost
-    D10 D starts from the first model, not from Zero-RL's: its responses are what is taught. The
+    D10 D starts from the first model, not from Zero-RL's, whose responses it learns from. The
         selection is within each response [code: one per device]; the loss is the mean over the
-        selected tokens of a step. --sft none goes on from Zero-RL's model
-    D11 TEA: the code centres A over a micro-batch, so that one response per micro-batch makes all
-        weights equal; here over the mini-batch. Weights have no gradient. `released` has a mean of
-        10/T per token, .0012 at the paper's 8192 tokens but .2 at 50; `length_scaled` has the same
-        mean at any length, by default that .0012 [2nd: .05]
+        selected tokens of a step; 1 % linear warm-up, cosine [code]. --sft none goes on from
+        Zero-RL's model
+    D11 TEA: the code centres A over a micro-batch, so that a response alone in one has equal
+        weights; here over the mini-batch. Weights have no gradient. `released` has a mean of 10/T
+        per token, .0012 at the paper's 8192 tokens but .2 at 50; `length_scaled` has the same mean
+        at any length, by default that .0012 [2nd: .05]
     D12 the loss is a mean over the tokens of the mini-batch [code: of micro-batches, weighted by
-        their responses]; groups without contrast stay in, for KL and TEA
+        their responses]; groups without contrast stay in, for KL and TEA; no weight decay [code:
+        .01]
     D13 the tiny task: eight of IFEval's types on texts of a few words. The model can be thorough
-        (85 % of its warm-up) and was made lazy (15 %). A check writes down what it observes
+        (85 % of its warm-up) and was made lazy (15 %); what a check observes is written down
 
 SHAPES  B prompts, G responses each, n rows of L columns; R (B, G), A (B*G,), log-probs, entropy H,
         weights w and coefficients (n, L). A constraint is (IFEval's id, its keyword arguments).
@@ -186,9 +189,9 @@ METHODS = {
     "sft_grpo": dict(zero_rl=False, sft="plain", tea="off"),
 }
 # The tiny model's own values, used where no flag was given.
-TINY = dict(steps=60, zero_steps=50, pool=1500, prompts=32, max_new_tokens=160, lr=3e-4, updates=1,
-            cold_start=384, sft_batch=16, sft_lr=5e-4, eval_size=0, eval_samples=2, eval_every=10,
-            save_every=10, grpo=dict(steps=110), sft_grpo=dict(steps=110))
+TINY = dict(steps=40, zero_steps=40, pool=1500, prompts=32, max_new_tokens=160, lr=3e-4, updates=1,
+            cold_start=384, sft_batch=16, sft_lr=5e-4, eval_size=0, eval_samples=2, eval_every=20,
+            save_every=20, grpo=dict(steps=80), sft_grpo=dict(steps=80))
 RL_STAGES = {"zero_easy": 1, "zero_hard": 2, "easy": 4, "hard": 5}
 SEED_COLUMNS = ("instruction", "prompt", "question")
 STAGES = ("prompts", "zero_rl", "cold_start", "sft", "rl")
@@ -562,12 +565,13 @@ def to_tasks(rows, what):
             prompt, kinds = row["prompt"], row["instruction_id_list"]
             kwargs = [{k: v for k, v in (given or {}).items() if v is not None}
                       for given in row["kwargs"]]
-            if not isinstance(kinds, list) or len(kinds) != len(kwargs) or not kinds or not prompt:
+            if not (isinstance(kinds, list) and kinds and prompt.strip()
+                    and len(kinds) == len(kwargs)):
                 raise ValueError("a prompt, and as many kwargs as instruction ids, are needed")
             constraints = list(zip(kinds, kwargs))
             for _, given in constraints:
                 check_values(given)
-            follow(f"A probe: {prompt.strip()}", constraints)
+            follow(f"A probe: {prompt}", constraints)
         except KeyError as e:
             fail(f"{what}: row {number} has no {e}; it needs prompt, kwargs and "
                  f"instruction_id_list, of the types {', '.join(KINDS)}")
@@ -1564,7 +1568,8 @@ def main(argv=None):
 
     if cfg.sft != "none":
         # C. the cold start: correct, deep and fluent responses show the pattern
-        if reaches(cfg, "cold_start"):
+        cold = []
+        if reaches(cfg, "cold_start") and "sft" not in state["done"]:
             cold = product(run, "cold_start", lambda: extract(model, prompts, cfg))
         # D. Entropy-SFT of the model that everything started from
         if reaches(cfg, "sft"):

@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-# What a row with one of these names changes in the module before its main runs, to find out what
-# the ranking of tsr and sr on the tiny task hangs on. On the first three seeds.
+# What a row with one of these names changes in the module before its main runs, to find out what a
+# result on the tiny task hangs on. On the first three seeds.
 
 
 def poor_judge(script):
@@ -54,7 +54,32 @@ def sgd(script):
     run_dpo, script.dpo = script.dpo, dpo
 
 
-VARIATIONS = {f.__name__.replace("_", " "): f for f in (poor_judge, blind_judge, sgd)}
+def rubber_stamp(script):
+    """A tiny model whose checks inform of nothing: they say ok, whatever they observe."""
+    def trace(rng, constraints, thorough):
+        lazy = true_trace(rng, constraints, False)
+        if not thorough:
+            return lazy
+        plan, page = lazy.split(f"\n{script.THINK_END}\n")
+        checks = "".join(f" {kind.tag(kwargs)} {kind.observe(page, kwargs)} ok"
+                         for kind, kwargs in ((script.TINY_KINDS[k], v) for k, v in constraints))
+        return f"{plan} draft{page} check{checks}\n{script.THINK_END}\n{page}"
+
+    true_trace, script.trace = script.trace, trace
+
+
+def hard_only(script):
+    """RL on hard prompts alone, in both halves."""
+    def pools_of(tasks, cfg):
+        return dict.fromkeys(("easy", "hard"), pools(tasks, cfg)["hard"])
+
+    pools, script.pools_of = script.pools_of, pools_of
+
+
+VARIATIONS = {f.__name__.replace("_", " "): f for f in (
+    poor_judge, blind_judge, sgd, rubber_stamp, hard_only)}
+ALL_SEEDS = ("hard only",)  # but for these
+ON = ["--products", "{first}", "--stage"]  # {first}: the folder of the first row, same seed
 # script: rows of the table; the first one sets the number of sampled tokens or of steps
 ROWS = {
     "gcpo": {
@@ -88,10 +113,30 @@ ROWS = {
         "rs_sft": ["--method", "rs_sft"],
         "sr, 6 iterations": ["--method", "sr", "--steps", "6"],  # as many answers as tsr
         **{f"{method}, {name}": ["--method", method, *(["--lr", "0.04"] if name == "sgd" else [])]
-           for name in VARIATIONS for method in ("tsr", "sr")},
+           for name in ("poor judge", "blind judge", "sgd") for method in ("tsr", "sr")},
+    },
+    "light_if": {
+        "light_if": [],
+        "sft plain": [*ON, "sft+", "--sft", "plain"],
+        "tea off": [*ON, "rl+", "--tea", "off"],
+        "dense, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40"],
+        "sparse, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40",
+                              "--reward", "sparse"],
+        "no zero_rl": [*ON, "cold_start+", "--zero_rl", "false"],
+        "sft none": [*ON, "rl+", "--sft", "none"],
+        "reward sparse": [*ON, "rl+", "--reward", "sparse"],
+        "tea uniform": [*ON, "rl+", "--tea", "uniform"],
+        "tea 0.05": [*ON, "rl+", "--tea_coef", "0.05"],
+        "tea released": [*ON, "rl+", "--tea", "released"],
+        "no curriculum": [*ON, "zero_rl+", "--curriculum", "false"],
+        "grpo": [*ON, "rl+", "--method", "grpo"],
+        "sft_grpo": [*ON, "cold_start+", "--method", "sft_grpo"],
+        "zero_rl, rubber stamp": ["--sft", "none", "--steps", "0"],
     },
 }
-EQUAL_STEPS = ("laser", "carft", "temporal_sr")  # no row stops at the first one's tokens
+THREE_SEEDS = {"light_if": ("no zero_rl", "sft none", "reward sparse", "tea uniform", "tea 0.05",
+                            "tea released", "no curriculum", "grpo", "sft_grpo")}
+EQUAL_STEPS = ("laser", "carft", "temporal_sr", "light_if")  # no row stops at the first's tokens
 EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
 DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"),
                          ("carft, hot", "reft, hot"), ("carft", "carft, lambda 0"),
@@ -100,7 +145,13 @@ DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"
                "temporal_sr": [("tsr", other) for other in (
                    "sr", "past_only", "future_only", "spin", "rs_sft", "sr, 6 iterations")]
                + [("tsr", "sr", f"{what} of M_2") for what in ("win_rate", "grade")]
-               + [(f"tsr, {name}", f"sr, {name}") for name in VARIATIONS]}
+               + [(f"tsr, {name}", f"sr, {name}") for name in ("poor judge", "blind judge", "sgd")],
+               "light_if": [("light_if", "sft plain"), ("light_if", "sft plain", "entropy of sft"),
+                            ("light_if", "sft plain", "accuracy of sft"),
+                            ("dense, hard only", "sparse, hard only"),
+                            ("dense, hard only", "sparse, hard only", "accuracy, hard"),
+                            *(("light_if", row) for row in (
+                                "tea off", *THREE_SEEDS["light_if"]))]}
 MEASURE = {"temporal_sr": "win_rate"}  # of the differences, where it is not the accuracy
 COLUMNS = {  # of the printed table; the .json has every number
     "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],
@@ -110,6 +161,9 @@ COLUMNS = {  # of the printed table; the .json has every number
               "cos_correct", "cos_wrong", "cos_other"],
     "temporal_sr": ["win_rate", "grade", "judge_order", "win_rate of M_2", "first gap", "last gap",
                     "first similarity", "similarity", "answers", "runs"],
+    "light_if": ["accuracy", "accuracy of zero_rl", "accuracy of sft", "greedy",
+                 "instruction_strict", "checked", "checked of zero_rl", "length", "entropy",
+                 "entropy of sft", "accuracy, hard"],
 }
 PICTURES = {  # (row, picture in the run folder): ending of its copy's name
     "gcpo": {("gcpo", "curves.png"): ".png"},
@@ -117,6 +171,7 @@ PICTURES = {  # (row, picture in the run folder): ending of its copy's name
     "carft": {("carft", "curves.png"): ".png", ("carft", "vectors.png"): "_vectors.png",
               ("carft, code parity", "vectors.png"): "_vectors_parity.png"},
     "temporal_sr": {("tsr", "curves.png"): ".png"},
+    "light_if": {("light_if", "curves.png"): ".png"},
 }
 # Student's t, two-sided 95 %, by the number of seeds
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -144,6 +199,14 @@ def history(script, folder):
                 "first gap": first["gap/grader"], "last gap": rows[-1]["gap/grader"],
                 "first similarity": first["pairs/similarity"],
                 "answers": rows[-1]["sample/answers"], "runs": rows[-1]["sample/runs"]}
+    if script == "light_if":
+        after, stages = summary(folder)["after"], summary(folder)["stages"]
+        found = {"accuracy, hard": (after["accuracy/level4"] + after["accuracy/level5"]) / 2}
+        for stage, name in (("zero_hard", "zero_rl"), ("sft", "sft")):
+            if stage in stages:
+                found |= {f"{k} of {name}": stages[stage][k]
+                          for k in ("accuracy", "checked", "entropy", "length", "greedy")}
+        return found
     accuracy = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r]
     return {"worst_drop": max(max(accuracy[:i + 1]) - a for i, a in enumerate(accuracy))}
 
@@ -187,6 +250,13 @@ def variation_of(row):
     return name if name in VARIATIONS else None
 
 
+def seeds_of(script, row, seeds):
+    """All seeds, or the first three."""
+    few = row in THREE_SEEDS.get(script, ()) or variation_of(row) and (
+        variation_of(row) not in ALL_SEEDS)
+    return seeds[:3] if few else seeds
+
+
 def run(script, name, flags, seed):
     """One run, or what is left of it. -> its folder"""
     slug = "".join(c if c.isalnum() or c == "-" else "_" for c in name)
@@ -221,7 +291,7 @@ def tabulate(script, folders):
                   "train_cpu_seconds": [s["train_cpu_seconds"] for s in summaries],
                   "sampled_tokens": [sampled_tokens(f) for f in found]}
         ways = [history(script, f) for f in found]
-        after |= {k: [way[k] for way in ways] for k in ways[0]}
+        after |= {k: [way[k] for way in ways] for k in ways[0] if all(k in way for way in ways)}
         table[name] = {k: {"seeds": v, "mean": statistics.fmean(v),
                            "sd": statistics.stdev(v) if len(v) > 1 else 0.0}
                        for k, v in after.items()}
@@ -273,9 +343,11 @@ def main():
     seeds = range(args.seeds)
     sys.path.insert(0, str(ROOT))
     import common
+    import light_if
 
-    common.tiny_model_folder()  # warmed up here, or every job would do it at once
     for script in [args.only] if args.only else ROWS:
+        # warmed up here, or every job would do it at once
+        light_if.tiny_folder() if script == "light_if" else common.tiny_model_folder()
         (name, flags), *baselines = ROWS[script].items()
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = {name: [pool.submit(run, script, name, flags, s) for s in seeds]}
@@ -283,8 +355,9 @@ def main():
             stop = {s: [] if script in EQUAL_STEPS else [
                 "--steps", "1000000", "--sampled_tokens", str(sampled_tokens(folders[name][s]))]
                 for s in seeds}
-            jobs = {other: [pool.submit(run, script, other, more + stop[s], s)
-                            for s in (seeds[:3] if variation_of(other) else seeds)]
+            jobs = {other: [pool.submit(run, script, other, [
+                f.replace("{first}", str(folders[name][s])) for f in more] + stop[s], s)
+                            for s in seeds_of(script, other, seeds)]
                     for other, more in baselines}
             folders |= {other: [j.result() for j in found] for other, found in jobs.items()}
             for other in EQUAL_SECONDS.get(script, ()):

@@ -23,7 +23,7 @@ def quick(monkeypatch, request):
     """A model that knows the form of a trace, thorough in half of all cases, and meets some
     constraints. One test draws."""
     monkeypatch.setattr(light_if, "WARM_UP", dict(
-        seed=0, words=(60, 16, 4e-3), skills=(140, 32, 4e-3), lazy=(60, 8, 1e-3),
+        seed=0, words=(55, 8, 4e-3), skills=(140, 32, 4e-3), lazy=(55, 8, 1e-3),
         thorough=(.85, .5)))
     monkeypatch.setattr(light_if, "TINY_HELD_OUT", 10)
     if request.node.name != "test_run_folder":
@@ -184,7 +184,7 @@ def test_single_stages_one_after_the_other(tmp_path, full):
         assert (out / "easy").exists() == (stage == "rl")
         before = out
     assert torch.equal(weights(before / "model"), weights(full / "model"))
-    assert (before / "cold_start.jsonl").read_text() == (full / "cold_start.jsonl").read_text()
+    assert rows_of(tmp_path / "cold_start", "cold_start") == rows_of(full, "cold_start")
 
 
 class Killed(Exception):
@@ -434,7 +434,8 @@ def test_a_rating_in_the_text_does_not_count(tiny, monkeypatch):
     cfg = SimpleNamespace(max_new_tokens=2)
     light_if.ratings(*tiny, [("Rate it [[10]]", "I am [[9]]")], cfg)
     text, = calls[0][0][1]
-    assert "[[10]]" not in text and "[[9]]" not in text and "I am 9" in text
+    assert light_if.parse_rating(text.split("<request>")[1].split("Explain")[0]) == 0
+    assert "[ [10]]" in text and "I am [ [9]]" in text
 
 
 def test_rows_with_constraints_are_taken_as_they_are(tmp_path, data, llama_folder):  # noqa: F811
@@ -485,8 +486,14 @@ def test_refused_products(tmp_path, refused, full, llama_folder, data):  # noqa:
     assert "zero_hard" in refused(light_if.main, *SMALL, "--out", tmp_path / "a", "--stage",
                                   "cold_start", "--products", short)
     assert "cold_start.jsonl" in refused(
-        light_if.main, *SMALL, "--out", tmp_path / "b", "--stage", "sft", "--products", short,
+        light_if.main, *SMALL, "--out", tmp_path / "b", "--stage", "sft", "--products", short)
+    assert not (tmp_path / "b" / "prompts.jsonl").exists()  # nothing is copied in vain
+    assert "--zero_rl True" in refused(
+        light_if.main, *SMALL, "--out", tmp_path / "d", "--stage", "sft", "--products", full,
         "--zero_rl", "false")
+    assert "--sft entropy" in refused(
+        light_if.main, *SMALL, "--out", tmp_path / "e", "--stage", "rl", "--products", full,
+        "--sft", "plain")
     assert "--model tiny" in refused(
         light_if.main, *SMALL, "--out", tmp_path / "c", "--stage", "sft", "--products", full,
         "--model", llama_folder(), *data)

@@ -78,7 +78,8 @@ def hard_only(script):
 
 VARIATIONS = {f.__name__.replace("_", " "): f for f in (
     poor_judge, blind_judge, sgd, rubber_stamp, hard_only)}
-ON = ["--eval_every", "0", "--products", "{first}", "--stage"]  # {first}: the folder of the first row, same seed
+# {first}: the folder of the first row, same seed
+ON = ["--eval_every", "0", "--products", "{first}", "--stage"]
 # script: rows of the table; the first one sets the number of sampled tokens or of steps
 ROWS = {
     "gcpo": {
@@ -117,8 +118,9 @@ ROWS = {
     "light_if": {
         "light_if": [],
         "sft plain": [*ON, "sft+", "--sft", "plain"],
-        "dense, hard only": [*ON, "rl+", "--method", "grpo"],
-        "sparse, hard only": [*ON, "rl+", "--method", "grpo", "--reward", "sparse"],
+        "dense, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40"],
+        "sparse, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40",
+                              "--reward", "sparse"],
         "tea off": [*ON, "rl+", "--tea", "off"],
         "no zero_rl": [*ON, "cold_start+", "--zero_rl", "false"],
         "zero_rl, rubber stamp": ["--sft", "none", "--steps", "0"],

@@ -1080,7 +1080,7 @@ def select_tokens(nll, entropy, mask, rho, coef):
     """
     delta = (nll - coef * entropy).detach().masked_fill(mask == 0, -math.inf)
     rank = delta.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return (rank < kept(mask.sum(1), rho)[:, None]) & (mask > 0)
+    return rank < kept(mask.sum(1), rho)[:, None]
 
 
 def kept(length, rho):

@@ -117,7 +117,12 @@ def test_advantages_by_hand():
     R = torch.tensor([[1.45, .45, .35, .20, 0, 1.35, .55, 0]])
     assert close(group_advantages(R), [[1.6066, -.1662, -.3435, -.6094, -.9640, 1.4294, .0111,
                                         -.9640]])
-    assert (group_advantages(torch.full((2, 4), 0.1 + 0.2)) == 0).all()
+    other = 3 * R.square().flip(1)  # each group by itself
+    assert torch.equal(group_advantages(torch.cat([R, other])),
+                       torch.cat([group_advantages(R), group_advantages(other)]))
+    for value in (.1, .35, 1.1):  # whose mean of some is rounded
+        for G in range(2, 9):
+            assert (group_advantages(torch.full((2, G), value)) == 0).all()
     assert torch.allclose(group_advantages(3 * R + 1), group_advantages(R), atol=1e-5)
 
 
@@ -488,7 +493,7 @@ def test_rating(text, n):
 
 
 def test_hardness_and_pools():
-    assert [hardness(*x) for x in ((1, 1.2), (.5, .7), (.125, .2), (0, .05), (0, 0))] == [
+    assert [hardness(*x) for x in ((1, 1.2), (.875, 1), (.125, .2), (0, .05), (0, 0))] == [
         "pass", "easy", "easy", "hard", "too_hard"]
     tasks = [Task(str(i), "", hardness=h) for i, h in enumerate(
         ("pass", "easy", "hard", "hard", "too_hard"))]
@@ -581,6 +586,7 @@ def test_tiny_prompts_and_their_held_out_combinations():
     share = sum(map(tiny_held_out, held | seen)) / len(held | seen)
     assert 0.15 < share < 0.35 and all(len(k) > 1 for k in held if tiny_held_out(k))
     assert tiny_held_out(("a", "b")) == tiny_held_out(("b", "a"))
+    assert not any(tiny_held_out([x]) for x in "abcdefghijklmnopqrstuvwxyz")
 
 
 def test_revise_does_what_it_is_told_with_few_changes():

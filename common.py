@@ -1442,10 +1442,11 @@ class Run:
         if "stages" in state:
             summary["stages"] = state["stages"]
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
-        print(f"\n{'held-out':<18}{'before':>8}{'after':>8}")
+        width = max(18, *(len(name) + 1 for name in after))
+        print(f"\n{'held-out':<{width}}{'before':>8}{'after':>8}")
         for name in after:
             was = f"{before[name]:.3f}" if name in before else "-"
-            print(f"{name:<18}{was:>8}{after[name]:>8.3f}")
+            print(f"{name:<{width}}{was:>8}{after[name]:>8.3f}")
         print(f"\n{state['step']} steps, {self.seconds():.0f} s; everything is in {self.folder}/")
 
 

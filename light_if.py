@@ -47,7 +47,7 @@ WHAT IS KNOWN OF THE PAPER
     D5  weights of the code's table: .10 for what is exact, .05 for a bound, .20 for a forbidden
         letter; types that are not in it likewise, and a list of keywords once
     D6  both stages of RL halve into an easy and a hard part with a reference and an optimizer of
-        its own, as the scripts have them [code]
+        its own, as the scripts have them [code]; more --steps make the last half longer
     D7  Zero-RL: R = all met + length reward, L_max = --max_new_tokens; the code computes the length
         reward, with 8192, and adds it nowhere
     D8  deep enough: every constraint is named in the thinking before and after the draft, which is
@@ -256,6 +256,7 @@ def parse(argv):
         fail(f"--stage {cfg.stage}: needs the products of the earlier stages; give --products RUN")
     if cfg.products and not cfg.stage:
         fail("--products: say with --stage where to begin")
+    cfg.products = cfg.products and str(Path(cfg.products).resolve())
     if cfg.sampled_tokens:
         fail("--sampled_tokens: the stages have fixed lengths; give --steps and --zero_steps")
     if cfg.group < 2:
@@ -1240,7 +1241,7 @@ def render(policy, tok, tasks, what, cfg):
 
 def make_prompts(policy, tok, seeds, cfg):
     """Stage A: prompts with 1 to 5 constraints that do not conflict, and how hard they are for the
-    model to be trained, by K responses each (D4). -> Tasks"""
+    model to be trained, by K responses each (D4). -> rows"""
     rng = random.Random(2)
     if seeds is None:
         tasks = [tiny_task(rng, 1 + n % 5, False) for n in range(cfg.pool)]
@@ -1398,6 +1399,7 @@ def fine_tune(run, state, start, rows, test):
             values["sft/dropped_nll"], values["sft/dropped_entropy"] = (
                 statistics.fmean(x) for x in zip(*left))
         run.end_step(state, values, [], policy, opt, partial(test, policy, tok))
+    opt.release()
     return leave(run, state, name, policy, tok, test)
 
 
@@ -1473,6 +1475,7 @@ def reinforce(run, state, name, start, tasks, steps, test):
         examples = [{"prompt": batch[i // cfg.group].question, "response": samples[i].text,
                      "reward": R.view(-1)[i].item()} for i in range(0, len(samples), cfg.group)][:4]
         run.end_step(state, values, examples, policy, opt, partial(test, policy, tok))
+    opt.release()
     return leave(run, state, name, policy, tok, test)
 
 

@@ -121,21 +121,20 @@ ROWS = {
         "dense, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40"],
         "sparse, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40",
                               "--reward", "sparse"],
+        "zero_rl, rubber stamp": ["--sft", "none", "--steps", "0"],
         "tea off": [*ON, "rl+", "--tea", "off"],
         "no zero_rl": [*ON, "cold_start+", "--zero_rl", "false"],
-        "zero_rl, rubber stamp": ["--sft", "none", "--steps", "0"],
         "reward sparse": [*ON, "rl+", "--reward", "sparse"],
         "sft none": [*ON, "rl+", "--sft", "none"],
         "tea released": [*ON, "rl+", "--tea", "released"],
-        "tea 0.05": [*ON, "rl+", "--tea_coef", "0.05"],
-        "grpo": [*ON, "rl+", "--method", "grpo"],
         "no curriculum": [*ON, "rl+", "--curriculum", "false"],
+        "grpo": [*ON, "rl+", "--method", "grpo"],
         "sft_grpo": [*ON, "cold_start+", "--method", "sft_grpo"],
     },
 }
-FEW_SEEDS = {"poor judge": 3, "blind judge": 3, "sgd": 3, "hard only": 3, "rubber stamp": 2,
-             "tea off": 2, "no zero_rl": 2, "reward sparse": 2, "sft none": 2, "tea released": 2,
-             "tea 0.05": 2, "grpo of light_if": 2, "no curriculum": 2, "sft_grpo": 2}
+FEW_SEEDS = {"poor judge": 3, "blind judge": 3, "sgd": 3, "hard only": 3, "rubber stamp": 1,
+             **dict.fromkeys(("tea off", "no zero_rl", "reward sparse", "sft none", "tea released",
+                              "no curriculum", "grpo of light_if", "sft_grpo"), 1)}
 EQUAL_STEPS = ("laser", "carft", "temporal_sr", "light_if")  # no row stops at the first's tokens
 EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
 DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"),
@@ -152,8 +151,7 @@ DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"
                             ("dense, hard only", "sparse, hard only", "accuracy, hard"),
                             *(("light_if", row) for row in (
                                 "tea off", "no zero_rl", "reward sparse", "sft none",
-                                "tea released", "tea 0.05", "grpo", "no curriculum",
-                                "sft_grpo"))]}
+                                "tea released", "no curriculum", "grpo", "sft_grpo"))]}
 MEASURE = {"temporal_sr": "win_rate"}  # of the differences, where it is not the accuracy
 COLUMNS = {  # of the printed table; the .json has every number
     "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],

@@ -308,6 +308,70 @@ def test_gradient_of_the_tea_loss(policy, tiny, tea):
     assert torch.allclose(grads[0], torch.cat([g.flatten() for g in truth]), atol=1e-6)
 
 
+def test_gradient_of_the_steps_of_tea_rl(tmp_path, monkeypatch, full):
+    """Both mini-batches of a step, as the run trains on them, against autograd on plain logits:
+    rewards to advantages, old and reference policy, mean of A over the tokens, all terms."""
+    begun, drawn, rewards = (spy(monkeypatch, light_if, x) for x in ("begin", "sample", "reward"))
+    real, found = light_if.update, []
+
+    def update(opt, *rest):
+        policy, _, _, start = begun[0][1]
+        samples = next(out for args, out in drawn if args[3] == 4)
+        R = torch.tensor([r for _, (r, *_) in rewards][:16]).view(4, 4)
+        A = ((R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-6)).flatten()
+        rows = range(8 * len(found), 8 * len(found) + 8)
+        T = [len(samples[i].tokens) for i in rows]
+        A_mean = sum(A[i] * t for i, t in zip(rows, T)) / sum(T)
+
+        def score(model, s):
+            logits = model(torch.tensor([[*s.prompt, *s.tokens]])).logits[0, len(s.prompt) - 1:-1]
+            full = logits.log_softmax(-1)
+            return full[range(len(s.tokens)), s.tokens], -(full.exp() * full).sum(-1)
+
+        total = 0
+        for i, t in zip(rows, T):
+            logp, H = score(policy, samples[i])
+            with torch.no_grad():  # the stage begins here: the old policy is the reference
+                old = score(start, samples[i])[0]
+            r, a = (logp - old).exp(), A[i]
+            pg = torch.stack([-a * r, -a * r.clamp(0, 2)]).max(0).values
+            pg = pg if a >= 0 else pg.clamp(max=-10 * a)
+            kl = ((old - logp).exp() - (old - logp) - 1).clamp(max=10)
+            alpha = 0.3 * (t * ((a - A_mean) * logp.detach()).softmax(0)).clamp(max=100)
+            total = total + (pg + 0.5 * kl - alpha * H).sum() / sum(T)
+        truth = torch.autograd.grad(total, list(policy.parameters()))
+        truth = torch.cat([g.flatten() for g in truth])
+        ours = torch.cat([m.grad.flatten() for m in opt.masters])
+        assert truth.abs().max() > 1e-3
+        assert torch.allclose(ours, truth, atol=1e-5 + 1e-3 * truth.abs().max().item())
+        assert rest[2] == pytest.approx(total.item(), abs=1e-4)
+        found.append(ours)
+        return real(opt, *rest)
+
+    monkeypatch.setattr(light_if, "update", update)
+    run(tmp_path / "r", "--stage", "rl", "--products", full, "--steps", 1, "--updates", 2,
+        "--tea_coef", .3, "--kl_coef", .5, "--lr", 2e-4)
+    assert len(found) == 2
+
+
+def test_learning_rates(tmp_path, monkeypatch, full):
+    """RL: constant after the warm-up of each half. SFT: a cosine to 0 after 1 % of warm-up."""
+    rates, real = {}, light_if.update
+
+    def update(opt, cfg, where, loss, rate):
+        rates.setdefault(where.split("(")[1][:-1], []).append(rate[0])
+        return real(opt, cfg, where, loss, rate)
+
+    monkeypatch.setattr(light_if, "update", update)
+    run(tmp_path / "r", "--stage", "sft+", "--products", full, "--steps", 6, "--warmup_steps", 2,
+        "--lr", 1e-4, "--sft_lr", 1e-3, "--sft_batch", 1, "--sft_epochs", 20)
+    assert rates["easy"] == rates["hard"] == [5e-5, 1e-4, 1e-4]
+    n = len(rates["SFT"])
+    assert n > 100 and rates["SFT"][0] == pytest.approx(5e-4)  # two steps of warm-up
+    for i in (2, n // 2, n - 1):
+        assert rates["SFT"][i] == pytest.approx(1e-3 * (1 + math.cos(math.pi * i / n)) / 2)
+
+
 def test_entropy_has_a_gradient_only_where_asked(policy, tiny, monkeypatch):
     ids, mask = common.collate(batch(tiny), "cpu")
     H = common.response_logps(policy, ids, mask, 1.0, with_entropy=True)[1]

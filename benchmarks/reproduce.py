@@ -55,7 +55,8 @@ def sgd(script):
 
 
 def rubber_stamp(script):
-    """A tiny model whose checks inform of nothing: they say ok, whatever they observe."""
+    """A tiny model whose checks inform of nothing: they say ok, whatever they observe. Its lazy
+    start is another than the other rows'."""
     def trace(rng, constraints, thorough):
         lazy = true_trace(rng, constraints, False)
         if not thorough:
@@ -122,6 +123,7 @@ ROWS = {
         "sparse, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40",
                               "--reward", "sparse"],
         "zero_rl, rubber stamp": ["--sft", "none", "--steps", "0"],
+        "grpo, rubber stamp": ["--method", "grpo", "--steps", "40"],
         "tea off": [*ON, "rl+", "--tea", "off"],
         "no zero_rl": [*ON, "cold_start+", "--zero_rl", "false"],
         "reward sparse": [*ON, "rl+", "--reward", "sparse"],
@@ -291,6 +293,9 @@ def tabulate(script, folders):
                   "sampled_tokens": [sampled_tokens(f) for f in found]}
         ways = [history(script, f) for f in found]
         after |= {k: [way[k] for way in ways] for k in ways[0] if all(k in way for way in ways)}
+        if variation_of(name) == "rubber stamp":
+            after |= {f"{k} before": [x["before"][k] for x in summaries]
+                      for k in ("accuracy", "checked", "length")}
         table[name] = {k: {"seeds": v, "mean": statistics.fmean(v),
                            "sd": statistics.stdev(v) if len(v) > 1 else 0.0}
                        for k, v in after.items()}

@@ -234,9 +234,9 @@ METRICS = {
 }
 CURVES = {
     "held-out accuracy, sampled": ["eval/accuracy", "eval/accuracy/level*"],
-    "responses that check": ["eval/checked", "sample/checked"],
-    "tokens per response": ["sample/length", "eval/length"],
-    "entropy, nats per token": ["policy/entropy", "eval/entropy"],
+    "responses that check": ["eval/checked"],
+    "tokens per response": ["eval/length"],
+    "entropy, nats per token": ["eval/entropy"],
     "stage": ["stage/number"],
 }
 

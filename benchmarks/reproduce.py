@@ -131,12 +131,11 @@ ROWS = {
         "tea released": [*ON, "rl+", "--tea", "released"],
         "no curriculum": [*ON, "rl+", "--curriculum", "false"],
         "grpo": [*ON, "rl+", "--method", "grpo"],
-        "sft_grpo": [*ON, "cold_start+", "--method", "sft_grpo"],
     },
 }
 FEW_SEEDS = {"poor judge": 3, "blind judge": 3, "sgd": 3, "hard only": 3, "rubber stamp": 1,
              **dict.fromkeys(("tea off", "no zero_rl", "reward sparse", "sft none", "tea released",
-                              "no curriculum", "grpo of light_if", "sft_grpo"), 1)}
+                              "no curriculum", "grpo of light_if"), 1)}
 EQUAL_STEPS = ("laser", "carft", "temporal_sr", "light_if")  # no row stops at the first's tokens
 EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
 DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"),
@@ -153,7 +152,7 @@ DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"
                             ("dense, hard only", "sparse, hard only", "accuracy, hard"),
                             *(("light_if", row) for row in (
                                 "tea off", "no zero_rl", "reward sparse", "sft none",
-                                "tea released", "no curriculum", "grpo", "sft_grpo"))]}
+                                "tea released", "no curriculum", "grpo"))]}
 MEASURE = {"temporal_sr": "win_rate"}  # of the differences, where it is not the accuracy
 COLUMNS = {  # of the printed table; the .json has every number
     "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],

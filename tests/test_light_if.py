@@ -539,7 +539,7 @@ def test_ifeval_rows_from_arrow_and_their_levels(data):
     (["--kl_coef", "nan"], "--kl_coef"), (["--sampled_tokens", 9], "--sampled_tokens"),
     (["--dataset", "x.jsonl"], "--dataset tiny"), (["--eval_dataset", "ifeval"], "--model tiny"),
     (["--judge", "nowhere"], "--judge nowhere"), (["--sft_lr", 0], "--sft_lr"),
-    (["--stage", "rl", "--products", "nowhere"], "--products nowhere")])
+    (["--stage", "rl", "--products", "nowhere"], "nowhere: no config.json")])
 def test_refused_flags(argv, says, refused, tmp_path):
     assert says in refused(light_if.main, *SMALL, "--out", tmp_path / "r", *argv)
 

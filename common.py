@@ -710,7 +710,7 @@ def tiny_tokenizer(texts, vocab_size=320):
 
 
 def tiny_model(tok, layers=2, kv_heads=2):
-    """251 k parameters of the architecture that the one-GPU tier uses."""
+    """The architecture that the one-GPU tier uses; 251 k parameters with the defaults."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -998,9 +998,9 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
     """log pi(ids[:, t] | ids[:, <t]) and the entropy of that distribution. -> 2 x (n, L), float32
 
     Zero outside `mask`; the entropy is all zero unless asked for, and carries gradient only with
-    `entropy_grad`. Only
-    masked positions reach the LM head, in chunks recomputed in the backward pass, so (n, L, V)
-    never exists. `hidden` are the `hidden_states` of `ids`, where they are at hand.
+    `entropy_grad`. Only masked positions reach the LM head, in chunks recomputed in the backward
+    pass, so (n, L, V) never exists. `hidden` are the `hidden_states` of `ids`, where they are at
+    hand.
     """
     hidden = hidden_states(model, ids) if hidden is None else hidden
     row, column = mask[:, 1:].nonzero(as_tuple=True)
@@ -1304,12 +1304,6 @@ class Run:
 
         save_folder(self.folder / "checkpoint", write)
 
-    def checkpoint(self):
-        """The folder of the last whole checkpoint, None without one."""
-        found = [f for f in (self.folder / "checkpoint", self.folder / "checkpoint.old")
-                 if f.is_dir()]
-        return found[0] if found else None
-
     def restore(self, model, opt):
         """The last checkpoint's `state`; None for a new run or one killed before its first
         checkpoint. Cuts the logs back to the rows that the checkpoint knows. Without a model the
@@ -1317,11 +1311,7 @@ class Run:
         if not self.cfg.resume:
             return None
         logs, state = {"metrics.jsonl": 0, "samples.jsonl": 0}, None
-        if self.checkpoint():
-            extra = torch.load(self.checkpoint() / "state.pt", map_location="cpu",
-                               weights_only=True, mmap=True)
-            if model:
-                self.load(model, opt)
+        if extra := self.load(model, opt):
             logs, state = extra["logs"], extra["state"]
             self.started -= state["seconds"]
         for name, size in logs.items():
@@ -1332,10 +1322,18 @@ class Run:
         return state
 
     def load(self, model, opt):
-        """Puts the last checkpoint's weights, optimizer and RNG states back; a script of several
-        stages calls it in the stage that the checkpoint is of."""
-        extra = torch.load(self.checkpoint() / "state.pt", map_location="cpu", weights_only=True)
-        saved = load_file(self.checkpoint() / "weights.safetensors")
+        """Puts the last checkpoint's weights, optimizer and RNG states back, into a model if there
+        is one; a script of several stages calls it in the stage that the checkpoint is of. -> the
+        checkpoint's other contents, None without one"""
+        found = [f for f in (self.folder / "checkpoint", self.folder / "checkpoint.old")
+                 if f.is_dir()]
+        if not found:
+            return None
+        extra = torch.load(found[0] / "state.pt", map_location="cpu", weights_only=True,
+                           mmap=model is None)  # then only the counters are read
+        if model is None:
+            return extra
+        saved = load_file(found[0] / "weights.safetensors")
         with torch.no_grad():
             for name, p in trained(model):
                 p.copy_(saved[name])
@@ -1344,6 +1342,7 @@ class Run:
         if opt:
             opt.load_state_dict(extra["optimizer"])
         rng_state(extra["rng"])
+        return extra
 
     def open(self):
         """Writes config.json: the folder counts as a run from here on, when all input has proved

@@ -250,9 +250,10 @@ def parse(argv):
              "knows no other prompts, and no other model knows these")
     if cfg.tea_coef is None:
         cfg.tea_coef = 10.0 if cfg.tea == "released" else TEA_SCALE
-    if cfg.stage and cfg.stage.removesuffix("+") not in STAGES:
+    first = cfg.stage.removesuffix("+")
+    if cfg.stage and first not in STAGES:
         fail(f"--stage {cfg.stage}: give one of {', '.join(STAGES)}, with a + to go on from there")
-    if cfg.stage and cfg.stage.removesuffix("+") != STAGES[0] and not cfg.products:
+    if cfg.stage and first != STAGES[0] and not cfg.products:
         fail(f"--stage {cfg.stage}: needs the products of the earlier stages; give --products RUN")
     if cfg.products and not cfg.stage:
         fail("--products: say with --stage where to begin")
@@ -336,27 +337,28 @@ def capital_words(text):
     return [w for w in re.findall(r"[\w'][\w'./-]*", text) if w.isupper()]
 
 
-def paragraphs(text, number):
-    """`***` stands between exactly `number` paragraphs; only the outermost may be blank."""
+def paragraphs(text, num_paragraphs):
+    """`***` stands between exactly so many paragraphs; only the outermost may be blank."""
     pieces = [bool(p.strip()) for p in re.split(r"\s?\*\*\*\s?", text)]
-    return all(pieces[1:-1]) and sum(pieces) == number
+    return all(pieces[1:-1]) and sum(pieces) == num_paragraphs
 
 
-def nth_begins(text, number, n, first_word):
+def nth_begins(text, num_paragraphs, nth_paragraph, first_word):
     """So many paragraphs between blank lines, and the n-th begins with the word."""
     pieces = text.split("\n\n")
     full = sum(bool(p.strip()) for p in pieces)
-    if n > full or not pieces[n - 1].strip():
+    if nth_paragraph > full or not pieces[nth_paragraph - 1].strip():
         return False
-    word = pieces[n - 1].split()[0].lstrip("'").lstrip('"')
-    return full == number and re.split("[.,?!'\"]", word)[0].lower() == first_word.lower()
+    word = pieces[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
+    word = re.split("[.,?!'\"]", word)[0].lower()
+    return full == num_paragraphs and word == first_word.lower()
 
 
-def postscript(text, marker):
+def postscript(text, postscript_marker):
     """The marker anywhere; P.S. and P.P.S may have a space between their letters."""
+    marker = postscript_marker.strip()
     known = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
-    pattern = known.get(marker.strip(), re.escape(marker.strip()))
-    return bool(re.search(pattern, text, re.I))
+    return bool(re.search(known.get(marker, re.escape(marker)), text, re.I))
 
 
 def highlights(text):
@@ -443,7 +445,7 @@ KINDS = {
         "Write {relation} {num_sentences} sentences.", "sentence", BOUND,
         lambda rng, _: bound(rng, "num_sentences", (4, 6, 8, 12))),
     "length_constraints:number_paragraphs": Kind(
-        lambda x, num_paragraphs: paragraphs(x, num_paragraphs),
+        paragraphs,
         "Write exactly {num_paragraphs} paragraphs, and put the markdown divider *** between them.",
         "paragraph|divider", EXACT, lambda rng, _: {"num_paragraphs": rng.randint(2, 5)}),
     "length_constraints:number_words": Kind(
@@ -451,8 +453,7 @@ KINDS = {
         "Write {relation} {num_words} words.", "word", BOUND,
         lambda rng, _: bound(rng, "num_words", (50, 100, 150, 200, 300))),
     "length_constraints:nth_paragraph_first_word": Kind(
-        lambda x, num_paragraphs, nth_paragraph, first_word:
-            nth_begins(x, num_paragraphs, nth_paragraph, first_word),
+        nth_begins,
         "Write exactly {num_paragraphs} paragraphs with one blank line between them, and begin "
         'paragraph {nth_paragraph} with the word "{first_word}".', "paragraph|{first_word}", EXACT,
         lambda rng, _: {"num_paragraphs": 3, "nth_paragraph": rng.randint(1, 3),
@@ -462,10 +463,9 @@ KINDS = {
         "Leave at least {num_placeholders} placeholders in square brackets, such as [name].",
         "placeholder|bracket", BOUND, lambda rng, _: {"num_placeholders": rng.randint(1, 4)}),
     "detectable_content:postscript": Kind(
-        lambda x, postscript_marker: postscript(x, postscript_marker),
+        postscript,
         "Close with a postscript that begins with {postscript_marker}", r"postscript|P\.S|P\.P\.S",
-        EXACT,
-        lambda rng, _: {"postscript_marker": rng.choice(("P.S.", "P.P.S"))}),
+        EXACT, lambda rng, _: {"postscript_marker": rng.choice(("P.S.", "P.P.S"))}),
     "detectable_format:number_bullet_lists": Kind(
         lambda x, num_bullets: bullets(x) == num_bullets,
         "Include exactly {num_bullets} markdown bullet points (lines that begin with *).", "bullet",
@@ -673,10 +673,12 @@ def synthesise(seeds, number, rng):
     return tasks
 
 
-def shown(kwargs, join=", "):
-    """Keyword arguments as a text has them."""
-    kwargs = {k: join.join(v) if isinstance(v, list) else str(v) for k, v in kwargs.items()}
-    return kwargs | {"language": LANGUAGES.get(kwargs.get("language"), "that language")}
+def shown(kwargs, join=", ", spell=str):
+    """Keyword arguments as a text has them, each spelled by a function."""
+    kwargs = {k: LANGUAGES.get(v, "that language") if k == "language" else v
+              for k, v in kwargs.items()}
+    return {k: join.join(map(spell, v)) if isinstance(v, list) else spell(str(v))
+            for k, v in kwargs.items()}
 
 
 def ask(kind, kwargs):
@@ -688,10 +690,7 @@ def cue(kind, kwargs, tiny):
     """The regular expression that finds a constraint in a thinking block."""
     if tiny:
         return rf"\b{TINY_KINDS[kind].tag(kwargs)}\b"
-    literal = {k: [re.escape(x) for x in v] if isinstance(v, list) else re.escape(v)
-               for k, v in kwargs.items() if isinstance(v, list | str) and k != "language"}
-    return KINDS[kind].cue.format(**shown(kwargs) | shown(literal, "|") | {
-        "language": shown(kwargs)["language"]})
+    return KINDS[kind].cue.format(**shown(kwargs, "|", re.escape))
 
 
 # 2c. Rewards, and what the cold start selects.
@@ -1165,23 +1164,29 @@ def evaluate(policy, tok, tasks, cfg):
     if cfg.eval_samples:
         generator = torch.Generator(cfg.device).manual_seed(1234)
         drawn = sample(policy, tok, prompts, k, cfg.max_new_tokens, cfg.temperature, generator)
-    of_task = [(t, drawn[i * k:(i + 1) * k], greedy[i]) for i, t in enumerate(tasks)]
-    counted = [x for x in of_task if not x[0].level.endswith("_seen")]
-    pairs = [(t, s) for t, own, _ in counted for s in own]
-    strict, loose = ([follow(split_thinking(s.text)[1], t.constraints, rule) for t, s in pairs]
-                     for rule in (False, True))
+    of_level = {t.level: [] for t in sorted(tasks, key=lambda t: t.level)}
+    pairs, strict, loose, first = [], [], [], []  # of the tasks that count
+    for i, t in enumerate(tasks):
+        counts = not t.level.endswith("_seen")
+        for s in drawn[i * k:(i + 1) * k]:
+            answer = split_thinking(s.text)[1]
+            met = follow(answer, t.constraints)
+            of_level[t.level].append(all(met))
+            if counts:
+                pairs.append((t, s))
+                strict.append(met)
+                loose.append(follow(answer, t.constraints, loose=True))
+        if counts:
+            first.append(judged(greedy[i], t)[0])
     depths, mean = [depth_of(s, t, cfg) for t, s in pairs], statistics.fmean
     result = {
         "accuracy": mean(map(all, strict)), "prompt_loose": mean(map(all, loose)),
         "instruction_strict": mean(sum(strict, [])), "instruction_loose": mean(sum(loose, [])),
-        "greedy": mean(judged(s, t)[0] for t, _, s in counted),
+        "greedy": mean(first),
         "checked": mean(d > 0 for d in depths), "depth": mean(depths),
         "entropy": sum(s.entropy for _, s in pairs) / sum(len(s.tokens) for _, s in pairs),
         "length": mean(len(s.tokens) for _, s in pairs)}
-    for level in sorted({t.level for t in tasks}):
-        result[f"accuracy/level{level}"] = mean(
-            judged(s, t)[0] for t, own, _ in of_task if t.level == level for s in own)
-    return result
+    return result | {f"accuracy/level{level}": mean(found) for level, found in of_level.items()}
 
 
 def depth_of(s, task, cfg):

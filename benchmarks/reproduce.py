@@ -79,6 +79,7 @@ def hard_only(script):
 
 VARIATIONS = {f.__name__.replace("_", " "): f for f in (
     poor_judge, blind_judge, sgd, rubber_stamp, hard_only)}
+OF_TSR = ("poor judge", "blind judge", "sgd")
 # {first}: the folder of the first row, same seed
 ON = ["--eval_every", "0", "--products", "{first}", "--stage"]
 # script: rows of the table; the first one sets the number of sampled tokens or of steps
@@ -114,7 +115,7 @@ ROWS = {
         "rs_sft": ["--method", "rs_sft"],
         "sr, 6 iterations": ["--method", "sr", "--steps", "6"],  # as many answers as tsr
         **{f"{method}, {name}": ["--method", method, *(["--lr", "0.04"] if name == "sgd" else [])]
-           for name in ("poor judge", "blind judge", "sgd") for method in ("tsr", "sr")},
+           for name in OF_TSR for method in ("tsr", "sr")},
     },
     "light_if": {
         "light_if": [],
@@ -133,9 +134,11 @@ ROWS = {
         "grpo": [*ON, "rl+", "--method", "grpo"],
     },
 }
-FEW_SEEDS = {"poor judge": 3, "blind judge": 3, "sgd": 3, "hard only": 3, "rubber stamp": 1,
-             **dict.fromkeys(("tea off", "no zero_rl", "reward sparse", "sft none", "tea released",
-                              "no curriculum", "grpo of light_if"), 1)}
+SWITCHES = ("tea off", "no zero_rl", "reward sparse", "sft none", "tea released", "no curriculum",
+            "grpo")
+# script: rows or variations that have the first so many seeds only
+FEW_SEEDS = {"temporal_sr": dict.fromkeys(OF_TSR, 3),
+             "light_if": {"hard only": 3, "rubber stamp": 1, **dict.fromkeys(SWITCHES, 1)}}
 EQUAL_STEPS = ("laser", "carft", "temporal_sr", "light_if")  # no row stops at the first's tokens
 EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
 DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"),
@@ -145,14 +148,12 @@ DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"
                "temporal_sr": [("tsr", other) for other in (
                    "sr", "past_only", "future_only", "spin", "rs_sft", "sr, 6 iterations")]
                + [("tsr", "sr", f"{what} of M_2") for what in ("win_rate", "grade")]
-               + [(f"tsr, {name}", f"sr, {name}") for name in ("poor judge", "blind judge", "sgd")],
+               + [(f"tsr, {name}", f"sr, {name}") for name in OF_TSR],
                "light_if": [("light_if", "sft plain"), ("light_if", "sft plain", "entropy of sft"),
                             ("light_if", "sft plain", "accuracy of sft"),
                             ("dense, hard only", "sparse, hard only"),
                             ("dense, hard only", "sparse, hard only", "accuracy, hard"),
-                            *(("light_if", row) for row in (
-                                "tea off", "no zero_rl", "reward sparse", "sft none",
-                                "tea released", "no curriculum", "grpo"))]}
+                            *(("light_if", row) for row in SWITCHES)]}
 MEASURE = {"temporal_sr": "win_rate"}  # of the differences, where it is not the accuracy
 COLUMNS = {  # of the printed table; the .json has every number
     "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],
@@ -253,8 +254,7 @@ def variation_of(row):
 
 def seeds_of(script, row, seeds):
     """All seeds, or the first few."""
-    names = (row, f"{row} of {script}", variation_of(row))
-    return seeds[:min(FEW_SEEDS.get(name, len(seeds)) for name in names)]
+    return seeds[:FEW_SEEDS.get(script, {}).get(variation_of(row) or row)]
 
 
 def run(script, name, flags, seed):

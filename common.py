@@ -37,9 +37,8 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 from transformers.hf_argparser import HfArg, HfArgumentParser, string_to_bool
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -792,7 +791,9 @@ def tiny_model_folder():
 
 # ------------------------------------------------------------------------------------- sampling
 
-KV_BYTES = 8 * 2**30  # of the KV cache while sampling [ours: leaves room on a 24 GB card]
+KV_BYTES = 4 * 2**30  # of the KV cache while sampling [ours: leaves room on a 24 GB card]
+GRAPHED = ("cuda",)  # devices on which decoding is launched as CUDA graphs
+CACHE_FLOATS = 2**18  # 1 MiB, see `few_rows` [ours: a core's second-level cache]
 
 
 @dataclass
@@ -818,7 +819,7 @@ def as_samples(tok, prompts, texts):
     return [Sample(tuple(p), ids, text, True) for p, ids, text in zip(prompts, tokens, texts)]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=None, read=None,
            rows=256):
     """`group` responses to each prompt from softmax(logits / temperature), nothing else applied
@@ -849,7 +850,7 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
 
 def decode(model, tok, prompts, group, max_new_tokens, temperature, generator, read):
     """The decoding loop. Each prompt is prefilled once and its KV cache shared by its group;
-    finished rows are dropped once they are a quarter of the batch.
+    finished rows are dropped once they are a quarter of the batch, half of it with a CUDA graph.
 
     With `read`, a token id, a finished row goes through one more forward, of its EOS, and its
     Sample.read is log softmax(logits)[read], unscaled, of the distribution that EOS was drawn from
@@ -865,55 +866,57 @@ def decode(model, tok, prompts, group, max_new_tokens, temperature, generator, r
     for r, p in enumerate(prompts):  # left-padded, so that all rows go on at the same column
         ids[r, width - len(p):] = torch.tensor(p)
         mask[r, width - len(p):width] = True
-    ids, mask = ids.to(device), mask.to(device)
+    ids, mask, padded = ids.to(device), mask.to(device), not bool(mask.all())
     position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=lm.config)
     logits = lm(input_ids=ids, attention_mask=mask[:, :width].long(), position_ids=position,
                 past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(group)
-    logits = logits.repeat_interleave(group, 0)
-    mask = mask.repeat_interleave(group, 0)
-    position = position[:, -1:].repeat_interleave(group, 0)
-    padded = not bool(mask.all())
-    # sdpa takes a boolean 4-d mask as it is: that skips transformers' mask code at every token
+    # sdpa takes what it adds to its scores as it is: that skips transformers' mask code
     layers = set(getattr(lm.config, "layer_types", None) or ["full_attention"])
     ready = lm.config._attn_implementation == "sdpa" and layers == {"full_attention"}
-    stop = torch.tensor(stop_ids(model, tok), device=device)
+    if ready:
+        lowest = torch.finfo(lm.dtype).min
+        mask = torch.zeros_like(mask, dtype=lm.dtype).masked_fill(~mask, lowest)[:, None, None]
+    graphed = ready and device.type in GRAPHED
+    forward = (GraphedForward if graphed else Forward)(lm, cache, mask.shape[-1])
     n = len(prompts) * group
+    row = torch.arange(n, device=device)  # which response each live row is
+    forward.select(row // group)
+    logits, mask, position = (x[row // group] for x in (logits, mask, position[:, -1:]))
+    stop = torch.tensor(stop_ids(model, tok), device=device)
     tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(n, max_new_tokens, device=device)
     entropy = torch.zeros(n, device=device)
     length = torch.full((n,), max_new_tokens, device=device)
     found = torch.zeros(n, 2, device=device)  # what `read` asks for: before EOS, after it
-    row = torch.arange(n, device=device)  # which response each live row is
     open_ = torch.ones(n, dtype=torch.bool, device=device)  # live rows that have not ended
     for t in range(max_new_tokens):
         token, logp, h = draw(suppress(model, logits), temperature, generator)
         tokens[row, t], logps[row, t] = token, logp
         entropy[row] += h * open_
         ended = open_ & torch.isin(token, stop)
-        length[row[ended]] = t + 1
+        length[row] = torch.where(ended, t + 1, length[row])
         open_ = open_ & ~ended
-        needed = open_ if t + 1 < max_new_tokens else torch.zeros_like(open_)
+        needed, last = open_, t + 1 == max_new_tokens
         if read is not None:
-            found[row[ended], 0] = torch.log_softmax(logits[ended].float(), -1)[:, read]
-            needed = needed | ended
-        alive = int(needed.sum())
-        if alive == 0:
+            found[row, 0] = torch.where(ended, logp_of(read, logits), found[row, 0])
+            needed = ended if last else open_ | ended
+        elif last:
             break
-        if alive <= 0.75 * len(row):
-            keep = needed.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            row, mask, position, token = row[keep], mask[keep], position[keep], token[keep]
-            open_, ended = open_[keep], ended[keep]
+        if not graphed or last or t % 8 == 7:  # asking a GPU for a number stops the queue
+            alive = int(needed.sum())
+            if alive == 0:
+                break
+            if alive <= (0.5 if graphed else 0.75) * len(row):
+                keep = needed.nonzero().squeeze(1)
+                forward.select(keep)
+                row, mask, position, token = row[keep], mask[keep], position[keep], token[keep]
+                open_, ended = open_[keep], ended[keep]
         position = position + 1
-        seen = mask[:, :width + t + 1]
-        if ready:
-            seen = seen[:, None, None, :] if padded else None
-        logits = lm(input_ids=token[:, None], attention_mask=seen, position_ids=position,
-                    past_key_values=cache, use_cache=True).logits[:, -1]
+        seen = mask[..., :width + t + 1] if padded or graphed or not ready else None
+        logits = forward(token[:, None], position, seen)
         if read is not None:
-            found[row[ended], 1] = torch.log_softmax(logits[ended].float(), -1)[:, read]
+            found[row, 1] = torch.where(ended, logp_of(read, logits), found[row, 1])
     lm.train(was_training)
     tokens, logps, length, entropy, found = (
         x.tolist() for x in (tokens, logps, length, entropy, found))
@@ -924,6 +927,76 @@ def decode(model, tok, prompts, group, max_new_tokens, temperature, generator, r
                    logps[i][:length[i]], entropy[i],
                    tuple(found[i]) if read is not None and tokens[i][-1] in ends else ())
             for i in range(n)]
+
+
+class Forward:
+    """`lm` of one more token per row: (n, 1) tokens, (n, 1) positions, mask with the new column
+    -> logits (n, V). `columns`: the most that the KV cache will hold."""
+
+    def __init__(self, lm, cache, columns):
+        self.lm, self.cache, self.columns = lm, cache, columns
+
+    def select(self, rows):
+        """Goes on with these rows only, or several times with the same."""
+        self.cache.batch_select_indices(rows)
+
+    def __call__(self, token, position, seen):
+        return self.lm(input_ids=token, attention_mask=seen, position_ids=position,
+                       past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
+class GraphedForward(Forward):
+    """The same as a CUDA graph: one launch per token instead of a thousand, for which a fast GPU
+    waits. A graph reads and writes the same memory each time. So its inputs are copied there, its
+    KV cache has room for more columns, masked, and a new one is captured when the room is full or
+    the rows are others, after a first forward without it."""
+
+    room, rows = 0, slice(None)
+
+    def select(self, rows):
+        self.room, self.rows = 0, rows
+
+    def __call__(self, token, position, seen):
+        columns = seen.shape[-1]
+        if columns > self.room:
+            self.make_room(columns, token, position, seen)
+            logits = self.forward()
+            self.replay = self.capture() if token.is_cuda else self.forward
+            return logits
+        self.token.copy_(token)
+        self.position.copy_(position)
+        self.seen[..., :columns] = seen
+        return self.replay()
+
+    def forward(self):
+        return super().__call__(self.token, self.position, self.seen)
+
+    def make_room(self, columns, token, position, seen):
+        self.replay, self.room = None, min(max(256, 2 * columns), -(-self.columns // 8) * 8)
+        self.token, self.position = token.clone(), position.clone()
+        self.seen = seen.new_full((*seen.shape[:-1], self.room), torch.finfo(seen.dtype).min)
+        self.seen[..., :columns] = seen
+        old, self.cache = self.cache, StaticCache(config=self.lm.config, max_cache_len=self.room)
+        for i, layer in enumerate(old.layers):
+            self.cache.update(layer.keys[self.rows, :, :columns - 1],
+                              layer.values[self.rows, :, :columns - 1], i)
+            layer.keys = layer.values = None  # of one layer only there are two at a time
+        self.rows = slice(None)
+
+    def capture(self):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.forward()
+
+        def replay():
+            graph.replay()
+            return logits
+        return replay
+
+
+def logp_of(token, logits):
+    """(n, V) -> log softmax(logits)[token], (n,)"""
+    return few_rows(lambda x: (torch.log_softmax(x.float(), -1)[:, token],), logits)[0]
 
 
 def suppress(model, logits):
@@ -938,15 +1011,28 @@ def suppress(model, logits):
 def draw(logits, temperature, generator=None):
     """(n, V) -> token, its log-probability, entropy, (n,) each. One uniform number per row looked
     up in the cumulative distribution: torch.multinomial draws V of them."""
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    p = logp.exp()
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        cdf = p.cumsum(-1)
-        u = torch.rand(len(p), 1, device=p.device, generator=generator).clamp(max=1 - 1e-6)
-        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1)
-    return token, logp.gather(1, token[:, None]).squeeze(1), entropy_of(p, logp)
+    def look_up(logits, u):
+        logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+        p = logp.exp()
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            cdf = p.cumsum(-1)
+            token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1)
+        return token, logp.gather(1, token[:, None]).squeeze(1), entropy_of(p, logp)
+
+    u = torch.zeros(len(logits), 1, device=logits.device)
+    if temperature:
+        u = torch.rand(u.shape, device=u.device, generator=generator).clamp(max=1 - 1e-6)
+    return few_rows(look_up, logits, u)
+
+
+def few_rows(f, logits, *more):
+    """`f` of all rows; on a CPU of a few at a time, so that its many passes over the vocabulary
+    stay in the cache, and concatenated. (n, V), (n, ...) each -> what f returns, (n, ...) each"""
+    size = CACHE_FLOATS // logits.shape[1] if logits.device.type == "cpu" else len(logits)
+    parts = zip(*(x.split(max(1, size)) for x in (logits, *more)))
+    return tuple(torch.cat(x) for x in zip(*(f(*part) for part in parts)))
 
 
 def entropy_of(p, logp):
@@ -1006,23 +1092,91 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
     row, column = mask[:, 1:].nonzero(as_tuple=True)
     hidden, target = hidden[row, column], ids[row, column + 1]
     head = causal_lm(model).get_output_embeddings()
-
-    def score(h, y):
-        logp = torch.log_softmax(suppress(model, head(h).float()) / temperature, -1)
-        entropy = torch.zeros(len(y), device=y.device)
+    if len(target) * len(head.weight) > HEAD_FLOATS:
+        weight = head.weight
+        if head.bias is not None:  # one more column, for a hidden state that is always 1
+            weight = torch.cat([weight, head.bias[:, None]], 1)
+            hidden = torch.nn.functional.pad(hidden, (0, 1), value=1.0)
+        found = ChunkedHead.apply(hidden, weight, target, model, temperature, with_entropy,
+                                  entropy_grad)
+    else:
+        logps = scaled_log_softmax(model, head(hidden), temperature)
+        entropy = torch.zeros(len(target), device=ids.device)
         if with_entropy:
             with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-                entropy = entropy_of(logp.exp(), logp)
-        return logp.gather(1, y[:, None]).squeeze(1), entropy
-
-    chunk = max(1, HEAD_FLOATS // head.weight.shape[0])
-    if len(target) <= chunk:
-        parts = [score(hidden, target)]
-    else:
-        parts = [recompute(score, h, y, use_reentrant=False)
-                 for h, y in zip(hidden.split(chunk), target.split(chunk))]
+                entropy = entropy_of(logps.exp(), logps)
+        found = logps.gather(1, target[:, None]).squeeze(1), entropy
     blank = torch.zeros(mask.shape, device=mask.device)
-    return tuple(blank.index_put((row, column + 1), torch.cat(x)) for x in zip(*parts))
+    return tuple(blank.index_put((row, column + 1), x) for x in found)
+
+
+def scaled_log_softmax(model, logits, temperature):
+    """(n, V) -> log of the distribution that the policy samples from, (n, V) float32"""
+    return torch.log_softmax(suppress(model, logits.float()) / temperature, -1)
+
+
+class ChunkedHead(torch.autograd.Function):
+    """log p(target) and the entropy, p = softmax(hidden weight^T / temperature), with HEAD_FLOATS
+    logits in memory at a time: the backward pass makes them again, and turns them in place into
+
+        d log p(target) / d logits = onehot(target) - p             both divided by temperature
+        d entropy / d logits       = - p (log p + entropy)
+
+    (P, H), (V, H), (P,) -> 2 x (P,) float32. The gradient of the weight is summed over the chunks
+    in float32. [ours: what autograd keeps of a head with a large vocabulary, some (P, V) tensors,
+    takes more memory than the whole backbone.]
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, model, temperature, with_entropy, entropy_grad):
+        def score(logits, y):
+            logp = scaled_log_softmax(model, logits, temperature)
+            entropy = entropy_of(logp.exp(), logp) if with_entropy else torch.zeros_like(logp[:, 0])
+            return logp.gather(1, y[:, None]).squeeze(1), entropy
+
+        logp, entropy = torch.zeros(2, len(target), device=hidden.device)
+        for at, logits in ChunkedHead.chunks(hidden, weight):
+            logp[at], entropy[at] = few_rows(score, logits, target[at])
+        ctx.save_for_backward(hidden, weight, target, entropy)
+        ctx.model, ctx.temperature, ctx.entropy_grad = model, temperature, entropy_grad
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, d_logp, d_entropy):
+        def differentiate(logits, y, H, g, g_H):
+            logp = scaled_log_softmax(ctx.model, logits, ctx.temperature)
+            d = -g * logp.exp()
+            d.scatter_add_(1, y, g)
+            if ctx.entropy_grad:
+                d -= g_H * logp.exp() * (logp.clamp(min=torch.finfo(logp.dtype).min) + H)
+            logits.copy_(d / ctx.temperature)
+            return ()
+
+        hidden, weight, target, entropy = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        columns = [x[:, None] for x in (target, entropy, d_logp, d_entropy)]
+        for at, logits in ChunkedHead.chunks(hidden, weight):
+            few_rows(differentiate, logits, *(x[at] for x in columns))
+            d_hidden[at] = logits @ weight
+            if d_weight is not None and weight.dtype == torch.float32:
+                d_weight.addmm_(logits.T, hidden[at])
+            elif d_weight is not None:
+                d_weight += logits.T @ hidden[at]
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None, None, None
+
+    @staticmethod
+    def chunks(hidden, weight):
+        """-> slices of the P rows with their logits (n, V), always in the same memory"""
+        size = max(1, HEAD_FLOATS // len(weight))
+        buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
+        for start in range(0, len(hidden), size):
+            at = slice(start, start + size)
+            yield at, torch.mm(hidden[at], weight.T, out=buffer[:len(hidden[at])])
 
 
 @torch.no_grad()

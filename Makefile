@@ -1,4 +1,5 @@
-# make run | test | lint | results | bench | clean. Needs python3 >= 3.10 and make; everything else goes to .venv.
+# make run | test | lint | results | bench | clean. Needs python3 >= 3.10 and make; everything else goes to .venv,
+# for `make bench`, which compares with TRL, to .venv-bench.
 PYTHON ?= python3
 PY = .venv/bin/python
 LINT = E,F,W,I,B,UP --ignore B905
@@ -15,8 +16,8 @@ lint: .venv/installed
 results: .venv/installed
 	$(PY) benchmarks/reproduce.py $(ARGS)
 
-bench: .venv/installed
-	$(PY) benchmarks/speed.py
+bench: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/speed.py $(ARGS)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("python3 >= 3.10 is needed" if sys.version_info < (3, 10) else 0)'
@@ -25,7 +26,13 @@ bench: .venv/installed
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
+.venv-bench/installed: requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --upgrade pip
+	.venv-bench/bin/python -m pip install --quiet -r requirements.txt trl
+	touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf .venv .venv-bench .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 .PHONY: run test lint results bench clean

@@ -78,7 +78,8 @@ class Config:
     warmup_steps: int = arg(20, "linear warm-up of the learning rate, in steps; constant after it "
                                 "[DAPO Sec. 4.1: 20]")
     max_grad_norm: float = arg(1.0, "clip the gradient to this norm [ours]")
-    micro_tokens: int = arg(4096, "padded tokens per forward; memory only, never the gradient")
+    micro_tokens: int = arg(0, "padded tokens per forward: memory and speed, never the gradient; "
+                               "0 = 4096 on a GPU, 1024 on a CPU, whose caches are small [ours]")
     lora: bool = arg(False, "train LoRA adapters (peft) with gradient checkpointing; they usually "
                             "want a larger --lr than full weights")
     # run
@@ -169,6 +170,7 @@ def parse_config(cls, script, doc, tiny, methods, argv=None, dataset="gsm8k"):
         fail(f"--device {cfg.device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if cfg.model != "tiny":
         resolve_model(cfg.model)
+    cfg.micro_tokens = cfg.micro_tokens or (1024 if cfg.device == "cpu" else 4096)
     for name in ("prompts", "group", "max_new_tokens", "micro_tokens"):
         if getattr(cfg, name) < 1:
             fail(f"--{name} {getattr(cfg, name)}: must be at least 1")
@@ -203,6 +205,32 @@ def seed_everything(cfg):
     torch.manual_seed(cfg.seed)
     if cfg.model == "tiny":
         torch.set_num_threads(1)
+    if cfg.device == "cpu" and medium_is_exact():
+        matmul_kernels("medium")
+
+
+def medium_is_exact():
+    """Whether float32 matrix products at torch's precision "medium" run in another kernel, and one
+    as exact as that of "highest". On some CPUs (AVX-512) it is oneDNN's, the faster one, in float32;
+    on others (AMX) it is in bfloat16; on the rest there is no other."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    for precision in ("medium", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        found[precision] = a @ b
+    torch.set_float32_matmul_precision(before)
+    error = {k: (v.double() - a.double() @ b.double()).norm() for k, v in found.items()}
+    return not torch.equal(*found.values()) and bool(error["medium"] < 2 * error["highest"])
+
+
+def matmul_kernels(precision):
+    """With "medium", attention is made of matrix products, too: the CPU's flash attention is slow
+    there. -> the precision before"""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_flash_sdp(precision == "highest")  # the CPU heeds it, too
+    return before
 
 
 # --------------------------------------------------------------------------------------- models
@@ -837,7 +865,9 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
     per_token = 2 * c.num_hidden_layers * kv_heads * head * model.dtype.itemsize
     longest = max_new_tokens + max(map(len, prompts), default=0)
     step = max(1, min(rows, KV_BYTES // (per_token * longest)) // group)
-    done = {}
+    done, before = {}, None
+    if model.device.type == "cpu":  # the kernels of "medium" start slowly on each new shape
+        before = matmul_kernels("highest")
     starts = range(0, len(order), step)
     for start in tqdm(starts, "sampling", leave=False, disable=None if len(starts) > 9 else True):
         chosen = order[start:start + step]
@@ -845,6 +875,8 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
                        temperature, generator, read)
         for n, i in enumerate(chosen):
             done[i] = found[n * group:(n + 1) * group]
+    if before:
+        matmul_kernels(before)
     return [s for i in range(len(prompts)) for s in done[i]]
 
 
@@ -1023,7 +1055,7 @@ def draw(logits, temperature, generator=None):
 
     u = torch.zeros(len(logits), 1, device=logits.device)
     if temperature:
-        u = torch.rand(u.shape, device=u.device, generator=generator).clamp(max=1 - 1e-6)
+        u = torch.rand(len(u), 1, device=u.device, generator=generator).clamp(max=1 - 1e-6)
     return few_rows(look_up, logits, u)
 
 

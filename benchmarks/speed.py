@@ -1,21 +1,31 @@
-"""Speed and losses against the libraries that these scripts could have been written with.
+"""Speed, memory and losses against the libraries that these scripts could have been written with.
 
-    python benchmarks/speed.py     # a minute or two -> results/speed.json; 2 and 3 need trl
+    make bench                                  # in an environment of its own, with TRL
+    python benchmarks/speed.py sampling memory  # some of the parts only
 
-WHAT with the warmed-up tiny model, float32, groups of 8, at most 64 tokens per response
-    1. sampling   common.sample against model.generate of transformers
-    2. step       a GRPO step (sample, reward, log-probs, backward, AdamW) against TRL's GRPOTrainer
-    3. parity     loss and gradient of gcpo.policy_loss against TRL's, on the same batch
+PARTS, each into results/speed.json with the commit it was measured at
+    sampling  common.sample against model.generate and, once, generate_batch of transformers
+    grpo      a GRPO step (sample, reward, log-probs, backward, AdamW) against TRL's GRPOTrainer
+    dpo       a DPO step of 64 pairs against TRL's DPOTrainer, with and without the reference pass
+    memory    peak of log-probs, forward and backward, at a vocabulary of 151,936
+    growth    a GRPO step against group size, response length and model size, with exponents
+    parity    loss and gradient of gcpo.policy_loss against TRL's, on the same batch
 
-HOW CPU time of this process on one thread: wall time where a core is free, and disturbed far less
-    where none is. The sides take turns, a round each; figures are medians over the rounds, to be
-    compared only with each other. Sampling is random, so what counts is the time per sampled token,
-    up to and including EOS, whatever else was decoded or padded.
+HOW CPU time of this process on one thread, float32: wall time where a core is free, and disturbed
+    far less where none is. The sides take turns on the same weights and prompts, a round each;
+    figures are medians over the rounds, to be compared only with each other. Sampling is random, so
+    what counts is the time per sampled token, up to and including EOS, whatever else was decoded.
+    Models of 1M to 100M parameters are Qwen2 shapes with random weights, which end a response at
+    each token with probability 1/64: with at most 64 tokens, the mean response has 41.
 """
 
 import importlib.metadata
 import json
+import math
+import multiprocessing
+import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,76 +36,155 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PrinterCallback, TrainerCallback
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import common
 import gcpo
+import temporal_sr
 
-ROUNDS, DROPPED = 11, 2  # measured rounds; rounds before them, thrown away
-SIZES = (8, 32)  # prompts per batch
-NOISE = 0.2  # part 3: standard deviation of log pi - log pi_old and of log pi - log pi_ref
+VOCAB, NEW = 64, 64  # of the random models unless told otherwise; most tokens of a response
+SHAPES = {  # width, layers, attention heads, key/value heads, width of the MLP
+    "0.3M": (64, 4, 4, 2, 256), "1M": (128, 4, 4, 2, 512), "5M": (256, 6, 4, 2, 768),
+    "20M": (512, 6, 8, 4, 1536), "100M": (768, 12, 12, 4, 3072),
+    "4 layers of 0.5B": (896, 4, 14, 2, 4864)}
+NOISE = 0.2  # parity: standard deviation of log pi - log pi_old and of log pi - log pi_ref
 TRL = {  # --method of gcpo.py -> the GRPOConfig that means the same
     "grpo": dict(loss_type="grpo"), "dapo": dict(loss_type="dapo"),
     "gspo": dict(loss_type="grpo", importance_sampling_level="sequence")}
 
 
-def load(method, prompts, *flags):
-    """-> the config of `python gcpo.py --method ...`, policy, tokenizer, endless problems."""
-    cfg = gcpo.parse(["--method", method, "--prompts", str(prompts), "--group", "8", "--lr", "1e-6",
-                      "--max_new_tokens", "64", "--device", "cpu", *flags])
+# --------------------------------------------------------------------------------- what is timed
+
+
+def random_model(size, vocab=VOCAB):
+    """-> a model with random weights, and a tokenizer of the words <pad>, <eos>, t2, t3, ..."""
+    width, layers, heads, kv_heads, mlp = SHAPES[size]
     torch.manual_seed(0)
-    policy, tok = common.load_model("tiny", cfg)
-    problems, _ = common.load_problems(cfg)
-    problems = common.encode_prompts(problems, policy, tok, "", cfg.max_new_tokens, "tiny")
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=mlp, tie_word_embeddings=True)).eval()
+    names = ["<pad>", "<eos>", *(f"t{i}" for i in range(2, vocab))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    model.generation_config.eos_token_id = list(range(1, 1 + vocab // 64))
+    return model, tok
+
+
+def random_ids(number, vocab=VOCAB):
+    return [random.randrange(1 + vocab // 64, vocab) for _ in range(number)]
+
+
+def load(size, method, prompts, *flags):
+    """-> the config of `python gcpo.py --method ...`, policy, tokenizer, endless problems."""
+    cfg = gcpo.parse(["--method", method, "--prompts", str(prompts), "--lr", "1e-6", "--device",
+                      "cpu", "--max_new_tokens", str(NEW), *flags])
+    torch.manual_seed(0)
+    random.seed(0)
+    if size == "tiny":
+        policy, tok = common.load_model("tiny", cfg)
+        problems, _ = common.load_problems(cfg)
+        problems = common.encode_prompts(problems, policy, tok, "", cfg.max_new_tokens, "tiny")
+    else:
+        policy, tok = random_model(size)
+        ids = [tuple(random_ids(random.randint(8, 16))) for _ in range(2000)]
+        problems = [common.Problem(tok.decode(p), "t2", prompt=p) for p in ids]
     return cfg, policy, tok, common.problem_stream(problems, 0, cfg.seed)
 
 
 def timed(f, *args):
-    """-> CPU seconds, and what `f` returned: the number of tokens that it sampled."""
+    """-> CPU seconds, and what `f` returned: the number of tokens that it sampled or trained on."""
     start = time.process_time()
     tokens = f(*args)
     return time.process_time() - start, tokens
 
 
+def turns(sides, rounds, dropped=1):
+    """{side: function} -> {side: [(CPU seconds, tokens), ...]}, the first rounds thrown away"""
+    done = [[timed(f) for f in sides.values()] for _ in range(dropped + rounds)]
+    return dict(zip(sides, zip(*done[dropped:])))
+
+
 def compare(title, rounds):
     """{side: [(CPU seconds, tokens), ...]} -> medians, and how many times the last side's speed."""
-    result = {side: {"ms": median(1e3 * s for s, _ in x[DROPPED:]),
-                     "tokens_per_s": median(n / s for s, n in x[DROPPED:])}
+    result = {side: {"ms": median(1e3 * s for s, _ in x),
+                     "tokens_per_s": median(n / s for s, n in x), "rounds": len(x)}
               for side, x in rounds.items()}
     *_, peer = result.values()
     for side, r in result.items():
         r["ratio_per_token"] = r["tokens_per_s"] / peer["tokens_per_s"]
         r["ratio_per_round"] = peer["ms"] / r["ms"]
-        print(f"{title}: {side:23} {r['tokens_per_s']:7,.0f} tokens per CPU second, "
+        print(f"{title}: {side:24} {r['tokens_per_s']:7,.0f} tokens per CPU second, "
               f"{r['ratio_per_token']:.2f}x; per round {r['ratio_per_round']:.2f}x", flush=True)
     return result
 
 
-def sampling(n_prompts):
-    """Problems of 1 to 5 steps: prompts and responses have mixed lengths. generate gets left-padded
-    prompts, and returns ids; sample also returns texts, log-probabilities and entropies."""
-    cfg, policy, tok, stream = load("grpo", n_prompts)
-    prompts, end = [[*p.prompt] for p in islice(stream, n_prompts)], tok.eos_token_id
+# -------------------------------------------------------------------------------------- sampling
+
+
+def sampling():
+    """8 prompts, groups of 8; then the tiny model on its own problems, 8 and 32 prompts."""
+    cells = [("1M", VOCAB, 8, 16, 11), ("1M", VOCAB, 48, 64, 7), ("20M", VOCAB, 8, 16, 5),
+             ("100M", VOCAB, 8, 16, 2), ("1M", 151936, 8, 16, 2), ("20M", 151936, 8, 16, 2),
+             ("100M", 151936, 8, 16, 1)]
+    result = {}
+    for size, vocab, short, long, rounds in cells:
+        policy, tok = random_model(size, vocab)
+        random.seed(0)
+        lengths = [round(short + i * (long - short) / 7) for i in range(8)]
+        title = f"sampling, {size}, vocabulary {vocab:,}, prompts of {short}-{long}"
+        result[title] = sampling_cell(title, policy, tok, [random_ids(n, vocab) for n in lengths],
+                                      rounds, with_batch=len(result) == 0)
+    for n in (8, 32):
+        _, policy, tok, stream = load("tiny", "grpo", n)
+        title = f"sampling, tiny, its problems, {n} prompts"
+        prompts = [[*p.prompt] for p in islice(stream, n)]
+        result[title] = sampling_cell(title, policy, tok, prompts, 9)
+    return result
+
+
+def sampling_cell(title, policy, tok, prompts, rounds, group=8, with_batch=False):
+    """generate gets left-padded prompts, and returns ids; sample also returns texts,
+    log-probabilities and entropies."""
     inputs = tok.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    policy.generation_config = GenerationConfig(  # the plain softmax, nothing else applied
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=cfg.max_new_tokens,
-        num_return_sequences=cfg.group, pad_token_id=tok.pad_token_id, eos_token_id=end)
+    stop = torch.tensor(common.stop_ids(policy, tok))
+    plain = GenerationConfig(  # the plain softmax, nothing else applied
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW,
+        num_return_sequences=group, pad_token_id=tok.pad_token_id, eos_token_id=stop.tolist())
 
     def ours():
-        found = common.sample(policy, tok, prompts, cfg.group, cfg.max_new_tokens, 1.0)
-        return sum(len(s.tokens) for s in found)
+        return sum(len(s.tokens) for s in common.sample(policy, tok, prompts, group, NEW, 1.0))
 
     def generate():
-        ended = policy.generate(**inputs)[:, inputs["input_ids"].shape[1]:] == end
+        found = policy.generate(**inputs, generation_config=plain)
+        ended = torch.isin(found[:, inputs["input_ids"].shape[1]:], stop)
         return int((ended.cumsum(1) - ended.long() == 0).sum())  # no EOS before it
 
-    rounds = zip(*[(timed(ours), timed(generate)) for _ in range(DROPPED + ROUNDS)])
-    return compare(f"sampling, {n_prompts:2} prompts", dict(zip(("ours", "generate"), rounds)))
+    def generate_batch():
+        found = policy.generate_batch(inputs=prompts, generation_config=plain)
+        return sum(len(x.generated_tokens) for x in found.values())
+
+    rounds = turns({"ours": ours, "generate": generate}, rounds)
+    if with_batch:  # once: it builds its paged cache anew in each call
+        rounds = {"generate_batch": [timed(generate_batch)], **rounds}
+    return compare(title, rounds)
 
 
-def trl_trainer(method, cfg, policy, tok, rows, reward):
+# ------------------------------------------------------------------------------------ GRPO steps
+
+
+def trl_trainer(method, cfg, policy, tok, rows, reward, **more):
     """TRL's GRPOTrainer on a copy of `policy`, with every setting that matters as in `cfg`."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -106,7 +195,7 @@ def trl_trainer(method, cfg, policy, tok, rows, reward):
             model=folder, reward_funcs=reward, processing_class=tok,
             train_dataset=Dataset.from_list(rows), args=GRPOConfig(
                 output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False,
-                model_init_kwargs={"dtype": "float32"}, num_generations=cfg.group,
+                model_init_kwargs={"dtype": "float32", **more}, num_generations=cfg.group,
                 per_device_train_batch_size=cfg.prompts * cfg.group, num_train_epochs=1,
                 max_completion_length=cfg.max_new_tokens, temperature=cfg.temperature,
                 beta=cfg.kl_beta, use_bias_correction_kl=False,  # its default is not k3 alone
@@ -117,12 +206,13 @@ def trl_trainer(method, cfg, policy, tok, rows, reward):
     return trainer
 
 
-def our_step(cfg, policy, tok, opt, problems, skip_flat):
+def our_step(cfg, policy, tok, opt, problems, reward, skip_flat):
     """A step of gcpo.main with --method grpo --kl_beta 0, without logging. -> tokens sampled"""
-    groups = gcpo.roll_out(policy, tok, problems, cfg)
-    batch = [s for g in groups for s in g.samples]
+    batch = common.sample(policy, tok, [p.prompt for p in problems], cfg.group, cfg.max_new_tokens,
+                          cfg.temperature)
     n, tokens = len(batch), sum(len(s.tokens) for s in batch)
-    A = gcpo.group_advantages(torch.tensor([g.rewards for g in groups])).flatten()
+    rewards = [reward(s.text, problems[i // cfg.group]) for i, s in enumerate(batch)]
+    A = gcpo.group_advantages(torch.tensor(rewards).view(-1, cfg.group)).flatten()
     active = [i for i in range(n) if A[i] != 0 or not skip_flat]
     for micro in common.micro_batches([batch[i] for i in active], cfg.micro_tokens):
         rows = [active[j] for j in micro]
@@ -133,43 +223,242 @@ def our_step(cfg, policy, tok, opt, problems, skip_flat):
     return tokens
 
 
-def step(n_prompts):
+def is_right(text, problem):
+    return float(gcpo.correct(text, problem))
+
+
+def is_even(text, _):
+    """For random models: half of all responses, so that hardly a group is flat."""
+    return float(len(text.split()) % 2 == 0)
+
+
+def grpo():
+    result = {}
+    for size, prompts, rounds in (("tiny", 8, 9), ("tiny", 32, 9), ("1M", 8, 9), ("20M", 8, 3)):
+        title = f"GRPO step, {size}, {prompts} prompts"
+        result[title] = grpo_step(title, size, prompts, rounds)
+    return result
+
+
+def grpo_step(title, size, n_prompts, rounds, dropped=2):
     """After each step of TRL (on_step_begin to on_step_end) come two of ours on the same prompts:
     with every row, which is equal work, and as gcpo.py does it, without the rows of advantage 0,
     which add nothing to the gradient; how many those are depends on the policy."""
-    cfg, policy, tok, stream = load("grpo", n_prompts, "--kl_beta", "0")
-    problems = list(islice(stream, (DROPPED + ROUNDS) * n_prompts))
+    cfg, policy, tok, stream = load(size, "grpo", n_prompts, "--kl_beta", "0")
+    judge = is_right if size == "tiny" else is_even
+    problems = list(islice(stream, (dropped + rounds) * n_prompts))
     rows = [{"prompt": tok.decode(p.prompt), "number": i} for i, p in enumerate(problems)]
     assert all(tok(r["prompt"]).input_ids == [*p.prompt] for r, p in zip(rows, problems))
     opt = common.MasterAdamW(policy, lr=cfg.lr)
-    rounds, now = {"ours": [], "ours, flat rows skipped": [], "trl": []}, {}
+    done, now = {"ours": [], "ours, flat rows skipped": [], "trl": []}, {}
 
     def reward(completions, completion_ids, number, **_):
         now["tokens"] = sum(map(len, completion_ids))
         now["problems"] = [problems[i] for i in dict.fromkeys(number)]
-        return [float(gcpo.correct(c, problems[i])) for c, i in zip(completions, number)]
+        return [judge(c, problems[i]) for c, i in zip(completions, number)]
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_, **__):
             now["start"] = time.process_time()
 
         def on_step_end(self, *_, **__):
-            rounds["trl"].append((time.process_time() - now["start"], now["tokens"]))
+            done["trl"].append((time.process_time() - now["start"], now["tokens"]))
             for skip, side in enumerate(("ours", "ours, flat rows skipped")):
-                rounds[side].append(timed(our_step, cfg, policy, tok, opt, now["problems"], skip))
+                done[side].append(timed(our_step, cfg, policy, tok, opt, now["problems"], judge,
+                                        skip))
 
     trainer = trl_trainer("grpo", cfg, policy, tok, rows, reward)
     trainer.add_callback(Turns())
     trainer.train()
-    return compare(f"GRPO step, {n_prompts:2} prompts", rounds)
+    return compare(title, {side: x[dropped:] for side, x in done.items()})
 
 
-def parity(method):
+# ------------------------------------------------------------------------------------- DPO steps
+
+
+def dpo(size="1M", pairs=64, rounds=7, dropped=1):
+    """Pairs of responses of 3 to 48 tokens to prompts of 4 to 6. After each step of TRL comes ours
+    on the same pairs, temporal_sr.dpo on one batch: reference pass, micro-batches, AdamW; the
+    second time both with reference log-probs that were computed before."""
+    policy, tok = random_model(size)
+    random.seed(0)
+    data = [[random_ids(n) for n in (random.randint(4, 6), *random.choices(range(2, 48), k=2))]
+            for _ in range((dropped + rounds) * pairs)]
+    cfg = temporal_sr.parse(["--batch", str(pairs), "--lr", "1e-6", "--device", "cpu"])
+    result = {}
+    for title, precomputed in ((f"DPO step, {size}", False),
+                               (f"DPO step, {size}, reference precomputed", True)):
+        done = dpo_steps(policy, tok, data, cfg, precomputed)
+        result[title] = compare(title, {side: x[dropped:] for side, x in done.items()})
+    return result
+
+
+def dpo_steps(policy, tok, data, cfg, precomputed):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    opt, done, now = common.MasterAdamW(policy, lr=cfg.lr), {"ours": [], "trl": []}, {}
+    names = ("prompt", "chosen", "rejected")
+    rows = [dict(zip(names, (tok.decode(x) + " " for x in row))) for row in data]
+    compute = common.batch_logps
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save_pretrained(folder)
+        trainer = DPOTrainer(
+            model=folder, processing_class=tok, train_dataset=Dataset.from_list(rows),
+            args=DPOConfig(
+                output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False,
+                model_init_kwargs={"dtype": "float32"}, per_device_train_batch_size=cfg.batch,
+                num_train_epochs=1, beta=cfg.beta, precompute_ref_log_probs=precomputed,
+                learning_rate=cfg.lr, max_grad_norm=cfg.max_grad_norm, report_to="none",
+                logging_strategy="no", save_strategy="no", disable_tqdm=True))
+        trainer.remove_callback(PrinterCallback)
+        collate, number = trainer.data_collator, {tuple(x[0] + x[1]): x for x in data}
+
+        def remember(features):
+            now["rows"] = [number[tuple((f["prompt_ids"] + f["chosen_ids"])[:-1])]
+                           for f in features]
+            return collate(features)
+
+        trainer.data_collator = remember
+
+        class Turns(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                now["start"], now["batch"] = time.process_time(), now["rows"]
+
+            def on_step_end(self, *_, **__):
+                spent = time.process_time() - now["start"]
+                batch = [[temporal_sr.Candidate(common.Sample(p, [*y, tok.eos_token_id], "", True),
+                                                "data") for y in (w, x)]
+                         for p, w, x in now["batch"]]
+                samples = [c.sample for pair in batch for c in pair]
+                tokens = sum(len(s.tokens) for s in samples)
+                if precomputed:
+                    ref = compute(policy, samples, cfg, 1.0)
+                    temporal_sr.batch_logps = lambda *_: ref
+
+                def step():
+                    temporal_sr.dpo(policy, [batch], opt, cfg, "bench")
+                    return tokens
+
+                done["trl"].append((spent, tokens))
+                done["ours"].append(timed(step))
+
+        trainer.add_callback(Turns())
+        trainer.train()
+    temporal_sr.batch_logps = compute
+    return done
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def memory():
+    """8 rows of 512 tokens, of which the response has 64 to 256: 1,280 positions of 4,096. A
+    process of its own per figure; peak above what it held before."""
+    sides = ["backbone", "ours", "full logits"] + ["trl"] * has_trl()
+    result = {}
+    for grad in (True, False):
+        found = {}
+        for side in sides:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found[side] = pool.apply(memory_cell, (side, grad))
+        title = f"memory, {'forward and backward' if grad else 'forward without gradient'}"
+        floor = found["backbone"]["peak_mb"]
+        for side, x in found.items():
+            x["above_backbone_mb"] = x["peak_mb"] - floor
+            print(f"{title}: {side:12} peak {x['peak_mb']:6,.0f} MB, {x['above_backbone_mb']:6,.0f}"
+                  f" above the backbone, {x['cpu_s']:.0f} CPU s, loss {x['loss']:.5f}", flush=True)
+        ours, full = found["ours"], found["full logits"]
+        result[title] = {**found, "full_over_ours": full["peak_mb"] / ours["peak_mb"],
+                         "full_over_ours_above_backbone":
+                             full["above_backbone_mb"] / ours["above_backbone_mb"]}
+        print(f"{title}: full logits take {result[title]['full_over_ours']:.1f} times ours, "
+              f"{result[title]['full_over_ours_above_backbone']:.1f} times above the backbone")
+    return result
+
+
+def memory_cell(side, grad):
+    torch.set_num_threads(1)
+    policy, tok = random_model("4 layers of 0.5B", 151936)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 151936, (8, 512), generator=generator)
+    mask = torch.zeros(8, 512)
+    for row, length in enumerate((64, 96, 128, 128, 160, 192, 256, 256)):
+        mask[row, 256:256 + length] = 1
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p) if grad else None
+    if side == "trl":
+        cfg = gcpo.parse(["--method", "grpo", "--kl_beta", "0", "--device", "cpu"])
+        trainer = trl_trainer("grpo", cfg, policy, tok, [{"prompt": "-"}], lambda **_: 0.0)
+        policy = trainer.model
+        for p in policy.parameters():
+            p.grad = torch.zeros_like(p) if grad else None
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    start = time.process_time()
+    with torch.set_grad_enabled(grad):
+        if side == "backbone":
+            loss = common.hidden_states(policy, ids).square().mean()
+        elif side == "ours":
+            loss = -common.response_logps(policy, ids, mask, 1.0)[0].sum() / mask.sum()
+        elif side == "full logits":
+            logp = policy(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+            logp = logp.gather(-1, ids[:, 1:, None])[..., 0]
+            loss = -(logp * mask[:, 1:]).sum() / mask.sum()
+        else:
+            logp = trainer._get_per_token_logps_and_entropies(
+                policy, ids, (torch.arange(512) < 256 + mask.sum(1, keepdim=True)).long(), 256)[0]
+            loss = -(logp * mask[:, 256:]).sum() / mask.sum()
+        if grad:
+            loss.backward()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return {"peak_mb": peak - before, "cpu_s": time.process_time() - start, "loss": loss.item()}
+
+
+# ---------------------------------------------------------------------------------------- growth
+
+
+def growth():
+    """Seconds of our GRPO step (1M, 4 prompts, groups of 8, 64 tokens; one of them varied) and the
+    slope of log seconds over log of what varies; tokens: trained on, so padding counts as cost."""
+    result = {}
+    for what, values in (("group", (4, 8, 16, 32)), ("max_new_tokens", (32, 64, 128, 256)),
+                         ("size", ("0.3M", "1M", "5M", "20M"))):
+        seconds, amounts = [], []
+        for value in values:
+            flags = {"group": 8, "max_new_tokens": NEW} | ({what: value} if what != "size" else {})
+            cfg, policy, tok, stream = load(
+                value if what == "size" else "1M", "grpo", 4, "--kl_beta", "0",
+                *(str(x) for k, v in flags.items() for x in (f"--{k}", v)))
+            if what == "max_new_tokens":
+                policy.generation_config.suppress_tokens = [1]  # no EOS: all have that length
+            opt, problems = common.MasterAdamW(policy, lr=cfg.lr), list(islice(stream, 4))
+            step = (cfg, policy, tok, opt, problems, is_even, False)
+            seconds.append(median(timed(our_step, *step)[0] for _ in range(4)))
+            amounts.append(sum(p.numel() for p in policy.parameters()) if what == "size" else value)
+        x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (amounts, seconds))
+        slope = (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+        last = math.log(seconds[-1] / seconds[-2]) / math.log(amounts[-1] / amounts[-2])
+        result[what] = {"values": values, "amounts": amounts, "seconds": seconds,
+                        "exponent": slope, "exponent_of_the_last_two": last}
+        print(f"growth with {what}: " + ", ".join(
+            f"{v}: {s:.2f} s" for v, s in zip(values, seconds)) +
+            f"; exponent {slope:.2f}, of the last two {last:.2f}", flush=True)
+    return result
+
+
+# ---------------------------------------------------------------------------------------- parity
+
+
+def parity():
+    return {method: parity_of(method) for method in TRL}
+
+
+def parity_of(method):
     """Sampled responses, random advantages; old and reference log-probabilities are the policy's
     own plus noise, so that ratios are not 1 and many are clipped. TRL pads prompts on the left, and
     float32 rounds both gradients: each is about 1e-5 from what float64 would give."""
-    cfg, policy, tok, stream = load(method, 4)
-    batch = common.sample(policy, tok, [p.prompt for p in islice(stream, 4)], cfg.group, 64, 1.0)
+    cfg, policy, tok, stream = load("tiny", method, 4)
+    batch = common.sample(policy, tok, [p.prompt for p in islice(stream, 4)], cfg.group, NEW, 1.0)
     (ids, mask), A = common.collate(batch, cfg.device), torch.randn(len(batch))
     logp, _ = common.response_logps(policy, ids, mask, cfg.temperature)
     old, ref = ((logp.detach() + NOISE * torch.randn(mask.shape)) * mask for _ in range(2))
@@ -195,24 +484,48 @@ def parity(method):
     return {"kl_beta": cfg.kl_beta, **{k: v.item() for k, v in result.items()}}
 
 
+# ------------------------------------------------------------------------------------------ main
+
+PARTS = {f.__name__: f for f in (sampling, grpo, dpo, memory, growth, parity)}
+OF_TRL = ("grpo", "dpo", "parity")
+
+
+def has_trl():
+    try:
+        importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def about():
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    git = subprocess.run("git describe --always --dirty".split(), cwd=ROOT, capture_output=True)
+    libraries = ["torch", "transformers"] + ["trl"] * has_trl()
+    return {"commit": git.stdout.decode().strip(), "cpu": cpu[1] if cpu else "unknown",
+            "instructions": torch.backends.cpu.get_cpu_capability(), "threads": 1,
+            "python": sys.version.split()[0],
+            **{x: importlib.metadata.version(x) for x in libraries}}
+
+
 def main():
+    chosen = sys.argv[1:] or list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        common.fail(f"{', '.join(sorted(unknown))}: no such part; give some of {', '.join(PARTS)}")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # TRL's, of transformers
-    root, info = Path(__file__).resolve().parent.parent, Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
-    git = subprocess.run("git describe --always --dirty".split(), cwd=root, capture_output=True)
-    result = {"command": "python benchmarks/speed.py", "commit": git.stdout.decode().strip(),
-              "cpu": cpu[1] if cpu else "unknown", "python": sys.version.split()[0],
-              **{x: importlib.metadata.version(x) for x in ("torch", "transformers")},
-              "threads": 1, "rounds": ROUNDS, "sampling": {n: sampling(n) for n in SIZES}}
-    try:
-        from trl import GRPOTrainer  # noqa: F401
-    except ImportError as e:
-        print(f"GRPO step and parity skipped: TRL cannot be imported ({e}); pip install trl")
-    else:
-        result |= {"trl": importlib.metadata.version("trl"), "step": {n: step(n) for n in SIZES},
-                   "parity": {method: parity(method) for method in TRL}}
-    (root / "benchmarks/results/speed.json").write_text(json.dumps(result, indent=2) + "\n")
+    path = ROOT / "benchmarks/results/speed.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    print("  ".join(f"{k} {v}" for k, v in about().items()))
+    for part in chosen:
+        if part in OF_TRL and not has_trl():
+            print(f"{part} skipped: TRL is not installed; `make bench` has it in its environment")
+            continue
+        start = time.perf_counter()
+        result[part] = {"about": about(), "found": PARTS[part]()}
+        result[part]["seconds"] = time.perf_counter() - start
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

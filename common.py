@@ -211,8 +211,8 @@ def seed_everything(cfg):
 
 def medium_is_exact():
     """Whether float32 matrix products at torch's precision "medium" run in another kernel, and one
-    as exact as that of "highest". On some CPUs (AVX-512) it is oneDNN's, the faster one, in float32;
-    on others (AMX) it is in bfloat16; on the rest there is no other."""
+    as exact as that of "highest". On some CPUs (AVX-512) it is oneDNN's, faster and in float32; on
+    others (AMX) it is in bfloat16; on the rest there is no other."""
     generator, found = torch.Generator().manual_seed(0), {}
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     before = torch.get_float32_matmul_precision()
@@ -1068,8 +1068,9 @@ def few_rows(f, logits, *more):
 
 
 def entropy_of(p, logp):
-    """- sum p log p over the last axis, in nats. A p of 0 adds 0, where 0 * -inf would be nan."""
-    return -(p * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    """- sum p log p over the last axis, in nats. A p of 0 adds 0, where 0 * -inf would be nan: it is
+    0 in float32 from a log p of -104 on."""
+    return -(p * logp.clamp(min=-200)).sum(-1)
 
 
 # ---------------------------------------------------------------------------- log-probabilities
@@ -1182,7 +1183,7 @@ class ChunkedHead(torch.autograd.Function):
             d = -g * logp.exp()
             d.scatter_add_(1, y, g)
             if ctx.entropy_grad:
-                d -= g_H * logp.exp() * (logp.clamp(min=torch.finfo(logp.dtype).min) + H)
+                d -= g_H * logp.exp() * (logp.clamp(min=-200) + H)
             logits.copy_(d / ctx.temperature)
             return ()
 
@@ -1626,6 +1627,8 @@ class Run:
                    "after": after}
         if "stages" in state:
             summary["stages"] = state["stages"]
+        if self.cfg.device != "cpu":
+            summary["peak_gpu_gb"] = torch.cuda.max_memory_allocated(self.cfg.device) / 1e9
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
         width = max(18, *(len(name) + 1 for name in after))
         print(f"\n{'held-out':<{width}}{'before':>8}{'after':>8}")

@@ -47,12 +47,12 @@ from transformers import (
     TrainerCallback,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import gcpo
 import temporal_sr
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCAB, NEW = 64, 64  # of the random models unless told otherwise; most tokens of a response
 SHAPES = {  # width, layers, attention heads, key/value heads, width of the MLP
     "0.3M": (64, 4, 4, 2, 256), "1M": (128, 4, 4, 2, 512), "5M": (256, 6, 4, 2, 768),

@@ -1,5 +1,6 @@
 """common.py: sampling, log-probabilities, answers, data, the tiny model, checkpoints."""
 
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -65,6 +66,60 @@ def test_log_probs_and_entropy_equal_full_logits(tiny, temperature, positions, m
     assert torch.allclose(grads[0], grads[1], atol=1e-5 * grads[1].abs().max())
 
 
+@pytest.mark.parametrize("trained", [True, False])  # the head; LoRA leaves it frozen
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_head_in_chunks_is_the_head_at_once(tiny, monkeypatch, with_bias, trained):
+    model, tok = copy.deepcopy(tiny[0]), tiny[1]
+    if with_bias:
+        head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+        head.weight.data, head.bias.data = model.lm_head.weight.data.clone(), torch.randn(
+            model.config.vocab_size)
+        model.config.tie_word_embeddings = False
+        model.set_output_embeddings(head)
+    model.get_output_embeddings().requires_grad_(trained)
+    model.generation_config.suppress_tokens = [tok.convert_tokens_to_ids("7")]
+    samples = common.sample(model, tok, prompts(tok, 3), 2, 20, 1.0)
+    ids, mask = common.collate(samples, "cpu")
+    a, b = torch.randn(2, *mask.shape)
+    found = []
+    for positions in (10**6, 7):
+        monkeypatch.setattr(common, "HEAD_FLOATS", positions * model.config.vocab_size)
+        monkeypatch.setattr(common, "CACHE_FLOATS", 3 * model.config.vocab_size)
+        logp, H = common.response_logps(model, ids, mask, .7, with_entropy=True, entropy_grad=True)
+        model.zero_grad()
+        (a * logp + b * H).sum().backward()
+        assert (model.get_output_embeddings().weight.grad is not None) == trained
+        found.append((logp, H, torch.cat([p.grad.flatten() for p in model.parameters()
+                                          if p.requires_grad])))
+    for x, y in zip(*found):
+        assert torch.allclose(x, y, atol=1e-5 * x.abs().max().item())
+
+
+def test_a_head_in_chunks_keeps_no_logits(tiny, monkeypatch):
+    model, tok = tiny
+    V = model.config.vocab_size
+    monkeypatch.setattr(common, "HEAD_FLOATS", 4 * V)
+    ids, mask = common.collate(common.sample(model, tok, prompts(tok, 4), 2, 20, 1.0), "cpu")
+    hidden = common.hidden_states(model, ids).detach().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        logp, _ = common.response_logps(model, ids, mask, 1.0, with_entropy=True, hidden=hidden)
+    assert saved and not [s for s in saved if len(s) > 1 and s[-1] == V]
+    logp.sum().backward()
+    model.zero_grad()
+
+
+def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(tiny, monkeypatch):
+    """1 + 2^-9 + 2^-9 + ... rounds to 1 at every addition in bfloat16."""
+    monkeypatch.setattr(common, "HEAD_FLOATS", 2)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.tensor([[2.0]] + [[2.0**-8]] * 128, dtype=torch.bfloat16)
+    target = torch.zeros(len(hidden), dtype=torch.long)
+    logp, _ = common.ChunkedHead.apply(hidden, weight, target, tiny[0], 1.0, False, False)
+    logp.sum().backward()
+    assert weight.grad[:, 0].tolist() == [1.25, -1.25]  # (1 - p) hidden, p = 1/2
+
+
 def test_sampler_and_trainer_log_probs_agree(tiny):
     model, tok = tiny
     samples = common.sample(model, tok, prompts(tok, 4), 3, 30, 0.9)
@@ -94,6 +149,53 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
         assert len(b) == 1 or len(b) * longest <= 60
     assert list(common.micro_batches(samples[:3], 1)) == [[0], [2], [1]]  # by length
     assert list(common.micro_batches([], 60)) == []
+
+
+@pytest.mark.parametrize("product,exact", [
+    (lambda a, b: (a.double() @ b.double()).float(), True),   # another kernel, in float32
+    (lambda a, b: (a.bfloat16() @ b.bfloat16()).float(), False),
+    (lambda a, b: torch.mm(a, b), False)])  # the same kernel: nothing to gain
+def test_a_faster_matmul_is_taken_only_where_it_is_exact(monkeypatch, product, exact):
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (
+        product(a, b) if a.dtype == torch.float32 and
+        torch.get_float32_matmul_precision() == "medium" else torch.mm(a, b)))
+    assert common.medium_is_exact() == exact
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_kernels_of_training_and_of_sampling(tiny, monkeypatch):
+    """With "medium" training has attention without flash, and the same gradient; sampling has
+    "highest" and flash, and leaves "medium" behind."""
+    model, tok = tiny
+    monkeypatch.setattr(common, "medium_is_exact", lambda: True)
+    samples = common.sample(model, tok, prompts(tok, 4), 2, 20, 1.0)
+    ids, mask = common.collate(samples, "cpu")
+    now = []
+    decode = common.decode
+    monkeypatch.setattr(common, "decode", lambda *a: (now.append((
+        torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled())),
+        decode(*a))[1])
+
+    def gradient():
+        model.zero_grad()
+        common.response_logps(model, ids, mask, 1.0)[0].sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    before = gradient()
+    try:
+        common.seed_everything(SimpleNamespace(seed=0, model="tiny", device="cpu"))
+        assert torch.get_float32_matmul_precision() == "medium"
+        with torch.profiler.profile() as trace:
+            after = gradient()
+        assert not any("flash" in e.key for e in trace.key_averages())
+        common.sample(model, tok, prompts(tok, 2), 1, 3, 1.0)
+        assert now == [("highest", True)]
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        common.matmul_kernels("highest")
+        model.zero_grad()
+    assert torch.allclose(before, after, atol=1e-5 * before.abs().max().item())
 
 
 def test_mask_is_positional():
@@ -143,6 +245,50 @@ def test_draw_never_takes_an_impossible_token(uniform, token, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **k: torch.full(shape, uniform))
     logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]])
     assert common.draw(logits, 1.0)[0].item() == token
+
+
+def test_drawing_in_pieces_is_drawing_at_once(monkeypatch):
+    logits, found = torch.randn(9, 50), []
+    for floats in (10**6, 100, 1):  # 9 rows, 2, 1 at a time
+        monkeypatch.setattr(common, "CACHE_FLOATS", floats)
+        found.append(common.draw(logits, 0.8, torch.Generator().manual_seed(0)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("read", [None, 5])
+def test_decoding_with_a_static_cache_is_decoding(tiny, monkeypatch, read):
+    """What a CUDA graph replays, without the graph: every token, log-probability and entropy."""
+    model, tok = copy.deepcopy(tiny[0]), tiny[1]
+    asked = [*prompts(tok, 5), (3,)]
+    found = []
+    for devices in (("cuda",), ("cuda", "cpu")):
+        monkeypatch.setattr(common, "GRAPHED", devices)
+        model.generation_config.suppress_tokens = None
+        found.append(common.sample(model, tok, asked, 3, 40, 0, None, read))
+        model.generation_config.suppress_tokens = [tok.eos_token_id]  # past the first room
+        found[-1] += common.sample(model, tok, asked[:2], 1, 300, 0, None, read)
+    assert len({len(s.tokens) for s in found[0]}) > 3 and len(found[0][-1].tokens) == 300
+    for a, b in zip(*found):
+        assert a.tokens == b.tokens and a.finished == b.finished and len(a.read) == len(b.read)
+        assert (*a.logps, a.entropy, *a.read) == pytest.approx((*b.logps, b.entropy, *b.read),
+                                                               abs=2e-4, rel=1e-5)
+
+
+def test_a_static_cache_makes_room_and_follows_the_rows(tiny, monkeypatch):
+    model, tok = tiny
+    monkeypatch.setattr(common, "GRAPHED", ("cpu",))
+    rooms = []
+    make_room = common.GraphedForward.make_room
+    monkeypatch.setattr(common.GraphedForward, "make_room", lambda self, *a: (
+        make_room(self, *a), rooms.append((len(self.token), self.room)))[0])
+    torch.manual_seed(0)
+    common.sample(model, tok, prompts(tok, 8), 4, 280, 5.0)
+    rows, room = zip(*rooms)
+    assert rows[0] == 32 and all(a >= b for a, b in zip(rows, rows[1:]))
+    assert len(set(rows)) > 1, "no row was dropped"
+    assert all(b <= a / 2 for a, b in zip(rows, rows[1:]) if a != b)
+    assert room[0] == 256 and max(room) <= 280 + 64
 
 
 def test_whole_responses_follow_the_policy(tiny):

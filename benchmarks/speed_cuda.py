@@ -1,0 +1,170 @@
+"""Decoding speed and peak memory on one CUDA GPU, on random weights in the shapes of Qwen2.5.
+
+    python benchmarks/speed_cuda.py               # both parts -> results/speed_cuda.json
+    python benchmarks/speed_cuda.py decode        # tokens per second against generate and the bound
+    python benchmarks/speed_cuda.py memory        # one step of each script, peak of the GPU's memory
+
+Wall time. The bound is that of the memory: the weights and half of the final KV cache read once per
+token, at the bandwidth that a copy reaches here.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from speed import ROOT, about
+
+SHAPES = {  # width, layers, attention heads, key/value heads, width of the MLP, tied embeddings
+    "0.5B": (896, 24, 14, 2, 4864, True), "1.5B": (1536, 28, 12, 2, 8960, True),
+    "7B": (3584, 28, 28, 4, 18944, False)}
+VOCAB, PROMPT, NEW, BATCHES, ROUNDS = 151936, 128, 256, (8, 64, 256), 3
+STEP = ["--steps", "1", "--prompts", "2", "--eval_size", "2", "--eval_every", "0"]
+LONG = ["--group", "8", "--max_new_tokens", "1024"]
+SCRIPTS = {  # one step of each; spin: random weights judge nothing
+    "gcpo": LONG, "laser": [*LONG, "--token", "<|pad|>"],
+    "carft": ["--max_new_tokens", "1024", "--sft_epochs", "1"],
+    "temporal_sr": [*LONG, "--method", "spin", "--sft_steps", "0", "--batch", "2"],
+    "light_if": [*LONG, "--method", "grpo", "--pool", "64", "--updates", "1"]}
+
+
+def random_model(size, device):
+    """-> a model with random weights, bfloat16 on a GPU, and the tiny model's tokenizer."""
+    width, layers, heads, kv_heads, mlp, tied = SHAPES[size]
+    torch.manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=VOCAB, hidden_size=width, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=mlp,
+            tie_word_embeddings=tied, max_position_embeddings=32768)).eval()
+    torch.set_default_dtype(torch.float32)
+    problems = common.tiny_problems((1, 2, 3), "train")[:500]
+    tok = common.tiny_tokenizer([t for p in problems for t in (p.question, p.solution)])
+    model.generation_config.eos_token_id = tok.eos_token_id
+    return model, tok
+
+
+def seconds(f, device):
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    f()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def copy_bandwidth(device):
+    """Bytes per second, read and written."""
+    a = torch.empty(2**28 if device == "cpu" else 2**32, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * len(a) / median(seconds(lambda: b.copy_(a), device) for _ in range(10))
+
+
+def decode(device="cuda"):
+    """Groups of 8, prompts of 128 tokens, 256 new ones, no EOS."""
+    bandwidth, graphed = copy_bandwidth(device), common.GRAPHED
+    result = {"bytes_per_s_of_a_copy": bandwidth}
+    print(f"copy: {bandwidth / 1e9:,.0f} GB/s")
+    for size in SHAPES:
+        policy, tok = random_model(size, device)
+        policy.generation_config.suppress_tokens = [tok.eos_token_id]
+        weights = sum(p.numel() * p.element_size() for p in policy.parameters())
+        if not policy.config.tie_word_embeddings:  # only single rows of them are read
+            weights -= policy.get_input_embeddings().weight.nbytes
+        c = policy.config
+        per_token = (2 * c.num_hidden_layers * c.num_key_value_heads * policy.dtype.itemsize
+                     * c.hidden_size // c.num_attention_heads)
+        for batch in BATCHES:
+            prompts = torch.randint(0, len(tok), (batch // 8, PROMPT)).tolist()
+            plain = GenerationConfig(
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=NEW,
+                max_new_tokens=NEW, num_return_sequences=8, pad_token_id=tok.pad_token_id,
+                eos_token_id=tok.eos_token_id)
+
+            def ours(devices):
+                common.GRAPHED = devices
+                common.sample(policy, tok, prompts, 8, NEW, 1.0)
+                common.GRAPHED = graphed
+
+            def generate():
+                ids = torch.tensor(prompts, device=device)
+                policy.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+
+            sides = {"ours": lambda: ours((device,)), "ours, without graphs": lambda: ours(()),
+                     "generate": generate}
+            spent = [[seconds(f, device) for f in sides.values()] for _ in range(1 + ROUNDS)]
+            speed = {side: batch * NEW / median(x[1:]) for side, x in zip(sides, zip(*spent))}
+            read = weights + batch * (PROMPT + NEW / 2) * per_token
+            speed["bound"] = batch * bandwidth / read
+            result[f"{size}, batch {batch}"] = speed
+            print(f"{size}, batch {batch}: " + ", ".join(
+                f"{side} {x:,.0f}" for side, x in speed.items()) + " tokens/s; ours is "
+                f"{speed['ours'] / speed['generate']:.1f} times generate, "
+                f"{speed['ours'] / speed['bound']:.0%} of the bound", flush=True)
+        del policy
+    return result
+
+
+def memory(device="cuda", cells=(("1.5B", []), ("7B", ["--lora"]))):
+    """Of one step of each script as a user runs it: sampling, loss, backward, update, evaluation."""
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        rows = [{"question": p.question, "answer": p.answer, "solution": p.solution,
+                 "prompt": p.question, "response": p.solution, "instruction": p.question}
+                for p in common.tiny_problems((1, 2, 3), "train")[:66]]
+        ifeval = [{"prompt": f"{r['question']} Do not use any commas.", "kwargs": [{}],
+                   "instruction_id_list": ["punctuation:no_comma"]} for r in rows[64:]]
+        for name, part in (("train", rows[:64]), ("test", rows[64:]), ("ifeval", ifeval)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+        for size, flags in cells:
+            model, tok = random_model(size, device)
+            model.save_pretrained(folder / size)
+            tok.save_pretrained(folder / size)
+            del model
+            for script, more in SCRIPTS.items():
+                held_out = "ifeval" if script == "light_if" else "test"
+                out = folder / "-".join([script, size, *flags])
+                done = subprocess.run(
+                    [sys.executable, ROOT / f"{script}.py", "--model", folder / size, "--dataset",
+                     folder / "train.jsonl", "--eval_dataset", folder / f"{held_out}.jsonl",
+                     "--device", device, "--out", out, *STEP, *more, *flags],
+                    capture_output=True, text=True)
+                name = " ".join([script, size, *flags])
+                if done.returncode:
+                    result[name] = {"error": done.stderr.strip().splitlines()[-1]}
+                else:
+                    summary = json.loads((out / "summary.json").read_text())
+                    result[name] = {k: summary.get(k) for k in ("peak_gpu_gb", "seconds")}
+                print(name, result[name], flush=True)
+    return result
+
+
+def main():
+    parts = {f.__name__: f for f in (decode, memory)}
+    chosen = sys.argv[1:] or list(parts)
+    if unknown := set(chosen) - set(parts):
+        common.fail(f"{', '.join(sorted(unknown))}: no such part; give decode or memory")
+    if not torch.cuda.is_available():
+        common.fail("speed_cuda.py: this machine has no CUDA GPU")
+    path = ROOT / "benchmarks/results/speed_cuda.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    for part in chosen:
+        found = parts[part]()
+        result[part] = {"about": {**about(), "gpu": torch.cuda.get_device_name()}, "found": found}
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -200,12 +200,13 @@ def saved_config(cls, script, typed, flag):
 
 def seed_everything(cfg):
     """Seeds the generators that a checkpoint keeps; one CPU thread for the tiny model, whose
-    matrices are so small that a second thread mostly waits."""
+    matrices are so small that a second thread mostly waits; on a CPU the faster matrix products,
+    unless responses are so long that attention without flash would need much memory."""
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     if cfg.model == "tiny":
         torch.set_num_threads(1)
-    if cfg.device == "cpu" and medium_is_exact():
+    if cfg.device == "cpu" and cfg.max_new_tokens <= 512 and medium_is_exact():
         matmul_kernels("medium")
 
 
@@ -225,8 +226,8 @@ def medium_is_exact():
 
 
 def matmul_kernels(precision):
-    """With "medium", attention is made of matrix products, too: the CPU's flash attention is slow
-    there. -> the precision before"""
+    """Sets the precision; "medium" switches flash attention off, which is slow there on a CPU:
+    attention is made of matrix products, too. -> the precision before"""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     torch.backends.cuda.enable_flash_sdp(precision == "highest")  # the CPU heeds it, too
@@ -905,7 +906,8 @@ def decode(model, tok, prompts, group, max_new_tokens, temperature, generator, r
                 past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     # sdpa takes what it adds to its scores as it is: that skips transformers' mask code
     layers = set(getattr(lm.config, "layer_types", None) or ["full_attention"])
-    ready = lm.config._attn_implementation == "sdpa" and layers == {"full_attention"}
+    ready = (lm.config._attn_implementation == "sdpa" and layers == {"full_attention"}
+             and not getattr(lm.config, "sliding_window", None))
     if ready:
         lowest = torch.finfo(lm.dtype).min
         mask = torch.zeros_like(mask, dtype=lm.dtype).masked_fill(~mask, lowest)[:, None, None]
@@ -978,15 +980,15 @@ class Forward:
 
 
 class GraphedForward(Forward):
-    """The same as a CUDA graph: one launch per token instead of a thousand, for which a fast GPU
-    waits. A graph reads and writes the same memory each time. So its inputs are copied there, its
-    KV cache has room for more columns, masked, and a new one is captured when the room is full or
-    the rows are others, after a first forward without it."""
+    """The same as a CUDA graph: one launch per token instead of a thousand, which a fast GPU would
+    wait for. A graph reads and writes fixed memory: inputs are copied into `token`, `position` and
+    `seen`; the KV cache has spare columns, masked. When they run out, or the rows change, one
+    forward runs without a graph, and a new graph is captured."""
 
-    room, rows = 0, slice(None)
+    room, rows = 0, None  # columns; rows of the cache to go on with, None: all
 
     def select(self, rows):
-        self.room, self.rows = 0, rows
+        self.room, self.rows = 0, rows if self.rows is None else self.rows[rows]
 
     def __call__(self, token, position, seen):
         columns = seen.shape[-1]
@@ -1004,21 +1006,27 @@ class GraphedForward(Forward):
         return super().__call__(self.token, self.position, self.seen)
 
     def make_room(self, columns, token, position, seen):
-        self.replay, self.room = None, min(max(256, 2 * columns), -(-self.columns // 8) * 8)
+        self.replay = None
+        self.room = -(-min(max(256, 2 * columns), self.columns) // 8) * 8  # aligned, for sdpa
         self.token, self.position = token.clone(), position.clone()
         self.seen = seen.new_full((*seen.shape[:-1], self.room), torch.finfo(seen.dtype).min)
         self.seen[..., :columns] = seen
         old, self.cache = self.cache, StaticCache(config=self.lm.config, max_cache_len=self.room)
+        rows = slice(None) if self.rows is None else self.rows
         for i, layer in enumerate(old.layers):
-            self.cache.update(layer.keys[self.rows, :, :columns - 1],
-                              layer.values[self.rows, :, :columns - 1], i)
+            self.cache.update(layer.keys[rows, :, :columns - 1],
+                              layer.values[rows, :, :columns - 1], i)
             layer.keys = layer.values = None  # of one layer only there are two at a time
-        self.rows = slice(None)
+        self.rows = None
 
     def capture(self):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.forward()
+        try:
+            with torch.cuda.device(self.token.device), torch.cuda.graph(graph):
+                logits = self.forward()
+        except RuntimeError as e:  # a model whose forward asks the GPU for a number
+            tqdm.write(f"decoding without CUDA graphs, slowly: {str(e).splitlines()[0]}")
+            return self.forward
 
         def replay():
             graph.replay()
@@ -1037,7 +1045,8 @@ def suppress(model, logits):
     tokens = causal_lm(model).generation_config.suppress_tokens
     if not tokens:
         return logits
-    return logits.index_fill(1, torch.tensor(tokens, device=logits.device), -math.inf)
+    tokens = torch.tensor(tokens).to(logits.device, non_blocking=True)
+    return logits.index_fill(1, tokens, -math.inf)
 
 
 def draw(logits, temperature, generator=None):
@@ -1068,8 +1077,8 @@ def few_rows(f, logits, *more):
 
 
 def entropy_of(p, logp):
-    """- sum p log p over the last axis, in nats. A p of 0 adds 0, where 0 * -inf would be nan: it is
-    0 in float32 from a log p of -104 on."""
+    """- sum p log p over the last axis, in nats. A p of 0 adds 0, where 0 * -inf would be nan:
+    in float32 p is 0 below a log p of -104."""
     return -(p * logp.clamp(min=-200)).sum(-1)
 
 
@@ -1117,15 +1126,14 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
     """log pi(ids[:, t] | ids[:, <t]) and the entropy of that distribution. -> 2 x (n, L), float32
 
     Zero outside `mask`; the entropy is all zero unless asked for, and carries gradient only with
-    `entropy_grad`. Only masked positions reach the LM head, in chunks recomputed in the backward
-    pass, so (n, L, V) never exists. `hidden` are the `hidden_states` of `ids`, where they are at
-    hand.
+    `entropy_grad`. Only masked positions reach the LM head, where they are many in chunks, so that
+    (n, L, V) never exists. `hidden` are the `hidden_states` of `ids`, where they are at hand.
     """
     hidden = hidden_states(model, ids) if hidden is None else hidden
     row, column = mask[:, 1:].nonzero(as_tuple=True)
     hidden, target = hidden[row, column], ids[row, column + 1]
     head = causal_lm(model).get_output_embeddings()
-    if len(target) * len(head.weight) > HEAD_FLOATS:
+    if type(head) is torch.nn.Linear and len(target) * len(head.weight) > HEAD_FLOATS:
         weight = head.weight
         if head.bias is not None:  # one more column, for a hidden state that is always 1
             weight = torch.cat([weight, head.bias[:, None]], 1)

@@ -25,7 +25,6 @@ import math
 import multiprocessing
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -373,7 +372,8 @@ def memory():
                          "full_over_ours_above_backbone":
                              full["above_backbone_mb"] / ours["above_backbone_mb"]}
         print(f"{title}: full logits take {result[title]['full_over_ours']:.1f} times ours, "
-              f"{result[title]['full_over_ours_above_backbone']:.1f} times above the backbone")
+              f"{result[title]['full_over_ours_above_backbone']:.1f} times above the backbone",
+              flush=True)
     return result
 
 
@@ -393,8 +393,8 @@ def memory_cell(side, grad):
         policy = trainer.model
         for p in policy.parameters():
             p.grad = torch.zeros_like(p) if grad else None
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
-    start = time.process_time()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, start = resident_mb("VmRSS"), time.process_time()
     with torch.set_grad_enabled(grad):
         if side == "backbone":
             loss = common.hidden_states(policy, ids).square().mean()
@@ -410,8 +410,14 @@ def memory_cell(side, grad):
             loss = -(logp * mask[:, 256:]).sum() / mask.sum()
         if grad:
             loss.backward()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    return {"peak_mb": peak - before, "cpu_s": time.process_time() - start, "loss": loss.item()}
+    return {"peak_mb": resident_mb("VmHWM") - before, "cpu_s": time.process_time() - start,
+            "loss": loss.item()}
+
+
+def resident_mb(what):
+    """VmRSS: of this process now; VmHWM: its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) * 1024 / 1e6
 
 
 # ---------------------------------------------------------------------------------------- growth

@@ -1,8 +1,8 @@
 """Decoding speed and peak memory on one CUDA GPU, on random weights in the shapes of Qwen2.5.
 
     python benchmarks/speed_cuda.py               # both parts -> results/speed_cuda.json
-    python benchmarks/speed_cuda.py decode        # tokens per second against generate and the bound
-    python benchmarks/speed_cuda.py memory        # one step of each script, peak of the GPU's memory
+    python benchmarks/speed_cuda.py decode        # tokens per second: ours, generate, the bound
+    python benchmarks/speed_cuda.py memory        # peak memory of one step of each script
 
 Wall time. The bound is that of the memory: the weights and half of the final KV cache read once per
 token, at the bandwidth that a copy reaches here.
@@ -20,8 +20,9 @@ import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
 from speed import ROOT, about
+
+import common
 
 SHAPES = {  # width, layers, attention heads, key/value heads, width of the MLP, tied embeddings
     "0.5B": (896, 24, 14, 2, 4864, True), "1.5B": (1536, 28, 12, 2, 8960, True),
@@ -30,7 +31,7 @@ VOCAB, PROMPT, NEW, BATCHES, ROUNDS = 151936, 128, 256, (8, 64, 256), 3
 STEP = ["--steps", "1", "--prompts", "2", "--eval_size", "2", "--eval_every", "0"]
 LONG = ["--group", "8", "--max_new_tokens", "1024"]
 SCRIPTS = {  # one step of each; spin: random weights judge nothing
-    "gcpo": LONG, "laser": [*LONG, "--token", "<|pad|>"],
+    "gcpo": LONG, "laser": [*LONG, "--token", "<|pad|>", "--c_ref", "-10"],
     "carft": ["--max_new_tokens", "1024", "--sft_epochs", "1"],
     "temporal_sr": [*LONG, "--method", "spin", "--sft_steps", "0", "--batch", "2"],
     "light_if": [*LONG, "--method", "grpo", "--pool", "64", "--updates", "1"]}
@@ -72,42 +73,14 @@ def copy_bandwidth(device):
 
 
 def decode(device="cuda"):
-    """Groups of 8, prompts of 128 tokens, 256 new ones, no EOS."""
-    bandwidth, graphed = copy_bandwidth(device), common.GRAPHED
-    result = {"bytes_per_s_of_a_copy": bandwidth}
+    bandwidth = copy_bandwidth(device)
     print(f"copy: {bandwidth / 1e9:,.0f} GB/s")
+    result = {"bytes_per_s_of_a_copy": bandwidth}
     for size in SHAPES:
         policy, tok = random_model(size, device)
         policy.generation_config.suppress_tokens = [tok.eos_token_id]
-        weights = sum(p.numel() * p.element_size() for p in policy.parameters())
-        if not policy.config.tie_word_embeddings:  # only single rows of them are read
-            weights -= policy.get_input_embeddings().weight.nbytes
-        c = policy.config
-        per_token = (2 * c.num_hidden_layers * c.num_key_value_heads * policy.dtype.itemsize
-                     * c.hidden_size // c.num_attention_heads)
         for batch in BATCHES:
-            prompts = torch.randint(0, len(tok), (batch // 8, PROMPT)).tolist()
-            plain = GenerationConfig(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=NEW,
-                max_new_tokens=NEW, num_return_sequences=8, pad_token_id=tok.pad_token_id,
-                eos_token_id=tok.eos_token_id)
-
-            def ours(devices):
-                common.GRAPHED = devices
-                common.sample(policy, tok, prompts, 8, NEW, 1.0)
-                common.GRAPHED = graphed
-
-            def generate():
-                ids = torch.tensor(prompts, device=device)
-                policy.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
-
-            sides = {"ours": lambda: ours((device,)), "ours, without graphs": lambda: ours(()),
-                     "generate": generate}
-            spent = [[seconds(f, device) for f in sides.values()] for _ in range(1 + ROUNDS)]
-            speed = {side: batch * NEW / median(x[1:]) for side, x in zip(sides, zip(*spent))}
-            read = weights + batch * (PROMPT + NEW / 2) * per_token
-            speed["bound"] = batch * bandwidth / read
-            result[f"{size}, batch {batch}"] = speed
+            result[f"{size}, batch {batch}"] = speed = decode_cell(policy, tok, batch, bandwidth)
             print(f"{size}, batch {batch}: " + ", ".join(
                 f"{side} {x:,.0f}" for side, x in speed.items()) + " tokens/s; ours is "
                 f"{speed['ours'] / speed['generate']:.1f} times generate, "
@@ -116,8 +89,39 @@ def decode(device="cuda"):
     return result
 
 
+def decode_cell(policy, tok, batch, bandwidth):
+    """Groups of 8, prompts of 128 tokens, 256 new ones, no EOS. -> tokens per second"""
+    device, c = policy.device.type, policy.config
+    prompts = torch.randint(0, len(tok), (batch // 8, PROMPT)).tolist()
+    plain = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=NEW,
+        max_new_tokens=NEW, num_return_sequences=8, pad_token_id=tok.pad_token_id,
+        eos_token_id=tok.eos_token_id)
+
+    def ours(graphed):
+        before, common.GRAPHED = common.GRAPHED, graphed
+        common.sample(policy, tok, prompts, 8, NEW, 1.0)
+        common.GRAPHED = before
+
+    def generate():
+        ids = torch.tensor(prompts, device=device)
+        policy.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+
+    sides = {"ours": lambda: ours((device,)), "ours, without graphs": lambda: ours(()),
+             "generate": generate}
+    spent = [[seconds(f, device) for f in sides.values()] for _ in range(1 + ROUNDS)]
+    weights = sum(p.nbytes for p in policy.parameters())
+    if not c.tie_word_embeddings:  # only single rows of these are read
+        weights -= policy.get_input_embeddings().weight.nbytes
+    column = 2 * c.num_hidden_layers * c.num_key_value_heads * policy.dtype.itemsize * (
+        c.hidden_size // c.num_attention_heads)
+    read = weights + batch * (PROMPT + NEW / 2) * column
+    return {side: batch * NEW / median(x[1:]) for side, x in zip(sides, zip(*spent))} | {
+        "bound": batch * bandwidth / read}
+
+
 def memory(device="cuda", cells=(("1.5B", []), ("7B", ["--lora"]))):
-    """Of one step of each script as a user runs it: sampling, loss, backward, update, evaluation."""
+    """Of one step of each script as a user runs it: sampling, loss, update, evaluation."""
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

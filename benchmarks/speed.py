@@ -10,6 +10,7 @@ PARTS, each into results/speed.json with the commit it was measured at
     memory    peak of log-probs, forward and backward, at a vocabulary of 151,936
     growth    a GRPO step against group size, response length and model size, with exponents
     parity    loss and gradient of gcpo.policy_loss against TRL's, on the same batch
+    profile   what bounds the ratios here: a token step with few and many rows, matrix products
 
 HOW CPU time of this process on one thread, float32: wall time where a core is free, and disturbed
     far less where none is. The sides take turns on the same weights and prompts, a round each;
@@ -231,15 +232,26 @@ def is_even(text, _):
     return float(len(text.split()) % 2 == 0)
 
 
+def fastest_kernels():
+    return "medium" if common.medium_is_exact() else "highest"
+
+
+def kernels_of_trl():
+    """-> (its default; the switch that ours has on this CPU), where that is another."""
+    return {"": "highest"} | ({", TRL with the matmul switch": "medium"}
+                              if fastest_kernels() == "medium" else {})
+
+
 def grpo():
     result = {}
     for size, prompts, rounds in (("tiny", 8, 9), ("tiny", 32, 9), ("1M", 8, 9), ("20M", 8, 3)):
-        title = f"GRPO step, {size}, {prompts} prompts"
-        result[title] = grpo_step(title, size, prompts, rounds)
+        for more, kernels in kernels_of_trl().items():
+            title = f"GRPO step, {size}, {prompts} prompts{more}"
+            result[title] = grpo_step(title, size, prompts, rounds, kernels)
     return result
 
 
-def grpo_step(title, size, n_prompts, rounds, dropped=2):
+def grpo_step(title, size, n_prompts, rounds, kernels, dropped=2):
     """After each step of TRL (on_step_begin to on_step_end) come two of ours on the same prompts:
     with every row, which is equal work, and as gcpo.py does it, without the rows of advantage 0,
     which add nothing to the gradient; how many those are depends on the policy."""
@@ -258,10 +270,12 @@ def grpo_step(title, size, n_prompts, rounds, dropped=2):
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_, **__):
+            common.matmul_kernels(kernels)
             now["start"] = time.process_time()
 
         def on_step_end(self, *_, **__):
             done["trl"].append((time.process_time() - now["start"], now["tokens"]))
+            common.matmul_kernels(fastest_kernels())
             for skip, side in enumerate(("ours", "ours, flat rows skipped")):
                 done[side].append(timed(our_step, cfg, policy, tok, opt, now["problems"], judge,
                                         skip))
@@ -269,6 +283,7 @@ def grpo_step(title, size, n_prompts, rounds, dropped=2):
     trainer = trl_trainer("grpo", cfg, policy, tok, rows, reward)
     trainer.add_callback(Turns())
     trainer.train()
+    common.matmul_kernels("highest")
     return compare(title, {side: x[dropped:] for side, x in done.items()})
 
 
@@ -285,14 +300,15 @@ def dpo(size="1M", pairs=64, rounds=7, dropped=1):
             for _ in range((dropped + rounds) * pairs)]
     cfg = temporal_sr.parse(["--batch", str(pairs), "--lr", "1e-6", "--device", "cpu"])
     result = {}
-    for title, precomputed in ((f"DPO step, {size}", False),
-                               (f"DPO step, {size}, reference precomputed", True)):
-        done = dpo_steps(policy, tok, data, cfg, precomputed)
-        result[title] = compare(title, {side: x[dropped:] for side, x in done.items()})
+    for more, kernels in kernels_of_trl().items():
+        for precomputed in (False, True):
+            title = f"DPO step, {size}{', reference precomputed' if precomputed else ''}{more}"
+            done = dpo_steps(policy, tok, data, cfg, precomputed, kernels)
+            result[title] = compare(title, {side: x[dropped:] for side, x in done.items()})
     return result
 
 
-def dpo_steps(policy, tok, data, cfg, precomputed):
+def dpo_steps(policy, tok, data, cfg, precomputed, kernels):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -322,10 +338,12 @@ def dpo_steps(policy, tok, data, cfg, precomputed):
 
         class Turns(TrainerCallback):
             def on_step_begin(self, *_, **__):
+                common.matmul_kernels(kernels)
                 now["start"], now["batch"] = time.process_time(), now["rows"]
 
             def on_step_end(self, *_, **__):
                 spent = time.process_time() - now["start"]
+                common.matmul_kernels(fastest_kernels())
                 batch = [[temporal_sr.Candidate(common.Sample(p, [*y, tok.eos_token_id], "", True),
                                                 "data") for y in (w, x)]
                          for p, w, x in now["batch"]]
@@ -344,6 +362,7 @@ def dpo_steps(policy, tok, data, cfg, precomputed):
 
         trainer.add_callback(Turns())
         trainer.train()
+    common.matmul_kernels("highest")
     temporal_sr.batch_logps = compute
     return done
 
@@ -490,9 +509,48 @@ def parity_of(method):
     return {"kl_beta": cfg.kl_beta, **{k: v.item() for k, v in result.items()}}
 
 
+# --------------------------------------------------------------------------------------- profile
+
+
+def profile():
+    """CPU ms of a token step with 8 and 64 live rows: dropping rows saves only what grows with
+    them. And of log-probs, forward and backward, on 64 rows of 64 tokens: the share of matrix
+    products, which both sides of every comparison need, and their speed against the fastest here.
+    """
+    square = torch.randn(1024, 1024)
+    best = 2 * 1024**3 / min(timed(lambda: square @ square)[0] for _ in range(10))
+    result = {"best_gflops": best / 1e9}
+    print(f"profile: the fastest matrix product has {best / 1e9:.0f} GFLOP/s")
+    for size in ("1M", "20M"):
+        policy, tok = random_model(size)
+        policy.generation_config.suppress_tokens = [1]  # no EOS
+        prompts = [random_ids(12) for _ in range(8)]
+        step = {8 * n: median(timed(common.sample, policy, tok, prompts[:n], 8, 32, 1.0)[0]
+                              for _ in range(4)) * 1e3 / 32 for n in (1, 8)}
+        ids, mask = torch.randint(2, VOCAB, (64, 64)), torch.ones(64, 64)
+        mask[:, :12] = 0
+
+        def train():
+            common.response_logps(policy, ids, mask, 1.0)[0].sum().backward()  # noqa: B023
+
+        train()
+        with torch.profiler.profile(with_flops=True) as trace:
+            train()
+        events = trace.key_averages()
+        products = [e for e in events if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+        spent, total = (sum(e.self_cpu_time_total for e in x) for x in (products, events))
+        result[size] = found = {
+            "ms_per_token_step_of_rows": step, "share_of_matrix_products": spent / total,
+            "gflops_of_matrix_products": sum(e.flops for e in products) / spent / 1e3}
+        print(f"profile, {size}: a token step takes {step[8]:.1f} ms with 8 rows, {step[64]:.1f} "
+              f"with 64; of forward and backward {spent / total:.0%} are matrix products, at "
+              f"{found['gflops_of_matrix_products']:.0f} GFLOP/s", flush=True)
+    return result
+
+
 # ------------------------------------------------------------------------------------------ main
 
-PARTS = {f.__name__: f for f in (sampling, grpo, dpo, memory, growth, parity)}
+PARTS = {f.__name__: f for f in (sampling, grpo, dpo, memory, growth, parity, profile)}
 OF_TRL = ("grpo", "dpo", "parity")
 
 

@@ -3,8 +3,10 @@
 import copy
 import json
 import math
+import warnings
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -14,6 +16,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -93,6 +97,18 @@ def test_a_head_in_chunks_is_the_head_at_once(tiny, monkeypatch, with_bias, trai
                                           if p.requires_grad])))
     for x, y in zip(*found):
         assert torch.allclose(x, y, atol=1e-5 * x.abs().max().item())
+
+
+def test_an_adapter_on_the_head_counts(tiny, monkeypatch):
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied embeddings
+        model = peft.get_peft_model(copy.deepcopy(tiny[0]), config)
+    ids, mask = common.collate(common.sample(*tiny, prompts(tiny[1], 3), 2, 20, 1.0), "cpu")
+    want = common.response_logps(model, ids, mask, 1.0)[0]
+    monkeypatch.setattr(common, "HEAD_FLOATS", 2000)
+    assert torch.allclose(common.response_logps(model, ids, mask, 1.0)[0], want, atol=1e-5)
+    assert not torch.allclose(common.response_logps(tiny[0], ids, mask, 1.0)[0], want, atol=1e-2)
 
 
 def test_a_head_in_chunks_keeps_no_logits(tiny, monkeypatch):
@@ -199,6 +215,17 @@ def test_kernels_of_training_and_of_sampling(tiny, monkeypatch):
     assert torch.allclose(before, after, atol=1e-5 * before.abs().max().item())
 
 
+def test_long_responses_keep_flash_attention(monkeypatch):
+    """Without it attention takes memory quadratic in the length."""
+    monkeypatch.setattr(common, "medium_is_exact", lambda: True)
+    for n, precision in ((513, "highest"), (512, "medium")):
+        common.seed_everything(SimpleNamespace(seed=0, model="tiny", device="cpu",
+                                               max_new_tokens=n))
+        now = torch.get_float32_matmul_precision()
+        common.matmul_kernels("highest")
+        assert now == precision
+
+
 def test_mask_is_positional():
     # 7 is pad, EOS and an ordinary id here: only positions decide
     samples = [Sample((7, 7), [7, 3, 7], "", True), Sample((5,), [7], "", True)]
@@ -269,9 +296,11 @@ def test_decoding_with_a_static_cache_is_decoding(tiny, monkeypatch, read):
         found.append(common.sample(model, tok, asked, 3, 40, 0, None, read))
         model.generation_config.suppress_tokens = [tok.eos_token_id]  # past the first room
         found[-1] += common.sample(model, tok, asked[:2], 1, 300, 0, None, read)
-        model.generation_config.eos_token_id = list(range(len(tok)))  # all end at once
         model.generation_config.suppress_tokens = None
-        found[-1] += common.sample(model, tok, asked[:4], 3, 1, 0, None, read)
+        single = common.sample(model, tok, asked, 3, 1, 0, None, read)
+        model.generation_config.eos_token_id = single[-1].tokens  # the last prompt ends, at once
+        found[-1] += common.sample(model, tok, asked, 3, 1, 0, None, read)
+        assert sum(s.finished for s in found[-1][-len(single):]) == 3
         model.generation_config.eos_token_id = None
     lengths = {len(s.tokens) for s in found[0]}
     assert len(lengths) > 4 and {1, 300} <= lengths
@@ -295,6 +324,24 @@ def test_a_static_cache_makes_room_and_follows_the_rows(tiny, monkeypatch):
     assert len(set(rows)) > 1, "no row was dropped"
     assert all(b <= a / 2 for a, b in zip(rows, rows[1:]) if a != b)
     assert room[0] == 256 and max(room) <= 280 + 64
+
+
+def test_a_sliding_window_is_decoded_by_transformers_rules(monkeypatch):
+    monkeypatch.setattr(common, "GRAPHED", ("cpu",))
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=64, sliding_window=6)).eval()
+    for p in model.parameters():
+        p.data *= 4
+    model.generation_config.eos_token_id = None
+    tok = SimpleNamespace(eos_token_id=49, pad_token_id=0,
+                          batch_decode=lambda rows, **_: [""] * len(rows))
+    found = common.sample(model, tok, [(5, 6, 7), (8, 9)], 1, 20, 0)
+    assert len({t for s in found for t in s.tokens}) > 5
+    for s in found:
+        logits = model(torch.tensor([[*s.prompt, *s.tokens]])).logits[0]
+        assert logits[len(s.prompt) - 1:-1].argmax(-1).tolist() == s.tokens
 
 
 def test_whole_responses_follow_the_policy(tiny):

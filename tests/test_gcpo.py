@@ -175,6 +175,12 @@ def test_repaired_groups_pass_the_filter(tmp_path, monkeypatch):
     assert r["sample/rounds"] == 1 and r["groups/golden"] == 1
 
 
+def test_micro_batches_are_small_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for flags, size in (([], 1024), (["--device", "cuda"], 4096), (["--micro_tokens", "77"], 77)):
+        assert gcpo.parse(flags).micro_tokens == size
+
+
 @pytest.mark.parametrize("method", ["gcpo", "dapo", "grpo"])
 def test_training_does_not_depend_on_micro_tokens(tmp_path, method):
     found = []

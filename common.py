@@ -934,7 +934,7 @@ def decode(model, tok, prompts, group, max_new_tokens, temperature, generator, r
         needed, last = open_, t + 1 == max_new_tokens
         if read is not None:
             found[row, 0] = torch.where(ended, logp_of(read, logits), found[row, 0])
-            needed = ended if last else open_ | ended
+            needed = open_ | ended
         elif last:
             break
         if not graphed or last or t % 8 == 7:  # asking a GPU for a number stops the queue

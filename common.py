@@ -1006,6 +1006,7 @@ class GraphedForward(Forward):
         return super().__call__(self.token, self.position, self.seen)
 
     def make_room(self, columns, token, position, seen):
+        """New inputs, and a larger static cache with what the old one holds of `rows`."""
         self.replay = None
         self.room = -(-min(max(256, 2 * columns), self.columns) // 8) * 8  # aligned, for sdpa
         self.token, self.position = token.clone(), position.clone()
@@ -1020,6 +1021,8 @@ class GraphedForward(Forward):
         self.rows = None
 
     def capture(self):
+        """-> a function that replays `forward`, without running it now; without a graph where the
+        model's forward cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(self.token.device), torch.cuda.graph(graph):

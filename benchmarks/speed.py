@@ -581,13 +581,14 @@ def main():
     warnings.simplefilter("ignore", FutureWarning)  # TRL's, of transformers
     path = ROOT / "benchmarks/results/speed.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    print("  ".join(f"{k} {v}" for k, v in about().items()))
+    info = about()  # once: the results themselves make the checkout dirty
+    print("  ".join(f"{k} {v}" for k, v in info.items()))
     for part in chosen:
         if part in OF_TRL and not has_trl():
             print(f"{part} skipped: TRL is not installed; `make bench` has it in its environment")
             continue
         start = time.perf_counter()
-        result[part] = {"about": about(), "found": PARTS[part]()}
+        result[part] = {"about": info, "found": PARTS[part]()}
         result[part]["seconds"] = time.perf_counter() - start
         path.write_text(json.dumps(result, indent=2) + "\n")
 

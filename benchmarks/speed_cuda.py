@@ -164,9 +164,9 @@ def main():
         common.fail("speed_cuda.py: this machine has no CUDA GPU")
     path = ROOT / "benchmarks/results/speed_cuda.json"
     result = json.loads(path.read_text()) if path.exists() else {}
+    info = {**about(), "gpu": torch.cuda.get_device_name()}
     for part in chosen:
-        found = parts[part]()
-        result[part] = {"about": {**about(), "gpu": torch.cuda.get_device_name()}, "found": found}
+        result[part] = {"about": info, "found": parts[part]()}
         path.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -155,16 +155,16 @@ def test_alpha_weighs_the_verification_loss(tmp_path):
     assert b["optim/grad_norm"] > a["optim/grad_norm"]
 
 
-def test_training_does_not_depend_on_micro_tokens(tmp_path):
-    found = []
-    for n in (64, 100_000):
-        rows = run(tmp_path / str(n), "--micro_tokens", n, "--reasoning_warmup_steps", 0,
-                   "--self_rewarding_warmup_steps", 0, steps=1)
-        found.append((rows[1]["optim/grad_norm"], rows[1]["verify/loss"],
-                      weights(tmp_path / str(n))))
-    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-4)
-    # AdamW makes a step of a vanishing gradient's rounding, so a handful of weights may differ
-    assert ((found[0][2] - found[1][2]).abs() > 1e-4).float().mean() < 1e-4
+def test_training_does_not_depend_on_micro_tokens(tmp_path, monkeypatch):
+    """The gradient; AdamW makes a whole step of the rounding of a vanishing one."""
+    found, update = [], laser.update
+    monkeypatch.setattr(laser, "update", lambda opt, *a: (
+        found.append(torch.cat([m.grad.flatten() for m in opt.masters])), update(opt, *a))[1])
+    rows = [run(tmp_path / str(n), "--micro_tokens", n, "--reasoning_warmup_steps", 0,
+                "--self_rewarding_warmup_steps", 0, steps=1)[1] for n in (64, 100_000)]
+    for name in ("optim/grad_norm", "verify/loss", "loss/total"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5)
+    assert found[0].norm() > 0 and (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
 
 
 # ------------------------------------------------------- what the loop hands to the equations

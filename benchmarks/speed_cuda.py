@@ -31,7 +31,7 @@ VOCAB, PROMPT, NEW, BATCHES, ROUNDS = 151936, 128, 256, (8, 64, 256), 3
 STEP = ["--steps", "1", "--prompts", "2", "--eval_size", "2", "--eval_every", "0"]
 LONG = ["--group", "8", "--max_new_tokens", "1024"]
 SCRIPTS = {  # one step of each; spin: random weights judge nothing
-    "gcpo": LONG, "laser": [*LONG, "--token", "<|pad|>", "--c_ref", "-10"],
+    "gcpo": LONG, "laser": [*LONG, "--token", "<|pad|>", "--c_ref", "-20"],
     "carft": ["--max_new_tokens", "1024", "--sft_epochs", "1"],
     "temporal_sr": [*LONG, "--method", "spin", "--sft_steps", "0", "--batch", "2"],
     "light_if": [*LONG, "--method", "grpo", "--pool", "64", "--updates", "1"]}
@@ -137,6 +137,8 @@ def memory(device="cuda", cells=(("1.5B", []), ("7B", ["--lora"]))):
             model.save_pretrained(folder / size)
             tok.save_pretrained(folder / size)
             del model
+            if device != "cpu":
+                torch.cuda.empty_cache()  # the steps below run in processes of their own
             for script, more in SCRIPTS.items():
                 held_out = "ifeval" if script == "light_if" else "test"
                 out = folder / "-".join([script, size, *flags])

@@ -985,10 +985,10 @@ class GraphedForward(Forward):
     `seen`; the KV cache has spare columns, masked. When they run out, or the rows change, one
     forward runs without a graph, and a new graph is captured."""
 
-    room, rows = 0, None  # columns; rows of the cache to go on with, None: all
+    room, rows = 0, slice(None)  # columns of the cache; its rows to go on with
 
     def select(self, rows):
-        self.room, self.rows = 0, rows if self.rows is None else self.rows[rows]
+        self.room, self.rows = 0, rows
 
     def __call__(self, token, position, seen):
         columns = seen.shape[-1]
@@ -1013,12 +1013,11 @@ class GraphedForward(Forward):
         self.seen = seen.new_full((*seen.shape[:-1], self.room), torch.finfo(seen.dtype).min)
         self.seen[..., :columns] = seen
         old, self.cache = self.cache, StaticCache(config=self.lm.config, max_cache_len=self.room)
-        rows = slice(None) if self.rows is None else self.rows
         for i, layer in enumerate(old.layers):
-            self.cache.update(layer.keys[rows, :, :columns - 1],
-                              layer.values[rows, :, :columns - 1], i)
+            self.cache.update(layer.keys[self.rows, :, :columns - 1],
+                              layer.values[self.rows, :, :columns - 1], i)
             layer.keys = layer.values = None  # of one layer only there are two at a time
-        self.rows = None
+        self.rows = slice(None)
 
     def capture(self):
         """-> a function that replays `forward`, without running it now; without a graph where the

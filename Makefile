@@ -19,17 +19,13 @@ results: .venv/installed
 bench: .venv-bench/installed
 	.venv-bench/bin/python benchmarks/speed.py $(ARGS)
 
-.venv/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit("python3 >= 3.10 is needed" if sys.version_info < (3, 10) else 0)'
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r requirements.txt
-	touch $@
+.venv-bench/installed: MORE = trl
 
-.venv-bench/installed: requirements.txt
-	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --upgrade pip
-	.venv-bench/bin/python -m pip install --quiet -r requirements.txt trl
+.venv/installed .venv-bench/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("python3 >= 3.10 is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet -r requirements.txt $(MORE)
 	touch $@
 
 clean:

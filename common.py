@@ -823,6 +823,7 @@ def tiny_model_folder():
 KV_BYTES = 4 * 2**30  # of the KV cache while sampling [ours: leaves room on a 24 GB card]
 GRAPHED = ("cuda",)  # devices on which decoding is launched as CUDA graphs
 CACHE_FLOATS = 2**18  # 1 MiB, see `few_rows` [ours: a core's second-level cache]
+LOG_ZERO = -200  # a log p whose p is 0 in float32, as it is from -104 on
 
 
 @dataclass
@@ -860,12 +861,8 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
     together. Returns B*G Samples; sample i answers prompt i // group.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    c = causal_lm(model).config
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    per_token = 2 * c.num_hidden_layers * kv_heads * head * model.dtype.itemsize
     longest = max_new_tokens + max(map(len, prompts), default=0)
-    step = max(1, min(rows, KV_BYTES // (per_token * longest)) // group)
+    step = max(1, min(rows, KV_BYTES // (kv_bytes(model) * longest)) // group)
     done, before = {}, None
     if model.device.type == "cpu":  # the kernels of "medium" start slowly on each new shape
         before = matmul_kernels("highest")
@@ -879,6 +876,14 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
     if before:
         matmul_kernels(before)
     return [s for i in range(len(prompts)) for s in done[i]]
+
+
+def kv_bytes(model):
+    """What a token of a row takes in the KV cache."""
+    c = causal_lm(model).config
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    return 2 * c.num_hidden_layers * kv_heads * head * model.dtype.itemsize
 
 
 def decode(model, tok, prompts, group, max_new_tokens, temperature, generator, read):
@@ -1079,9 +1084,8 @@ def few_rows(f, logits, *more):
 
 
 def entropy_of(p, logp):
-    """- sum p log p over the last axis, in nats. A p of 0 adds 0, where 0 * -inf would be nan:
-    in float32 p is 0 below a log p of -104."""
-    return -(p * logp.clamp(min=-200)).sum(-1)
+    """- sum p log p over the last axis, in nats. A p of 0 adds 0, where 0 * -inf would be nan."""
+    return -(p * logp.clamp(min=LOG_ZERO)).sum(-1)
 
 
 # ---------------------------------------------------------------------------- log-probabilities
@@ -1143,12 +1147,7 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
         found = ChunkedHead.apply(hidden, weight, target, model, temperature, with_entropy,
                                   entropy_grad)
     else:
-        logps = scaled_log_softmax(model, head(hidden), temperature)
-        entropy = torch.zeros(len(target), device=ids.device)
-        if with_entropy:
-            with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-                entropy = entropy_of(logps.exp(), logps)
-        found = logps.gather(1, target[:, None]).squeeze(1), entropy
+        found = score_logits(model, head(hidden), target, temperature, with_entropy, entropy_grad)
     blank = torch.zeros(mask.shape, device=mask.device)
     return tuple(blank.index_put((row, column + 1), x) for x in found)
 
@@ -1156,6 +1155,16 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
 def scaled_log_softmax(model, logits, temperature):
     """(n, V) -> log of the distribution that the policy samples from, (n, V) float32"""
     return torch.log_softmax(suppress(model, logits.float()) / temperature, -1)
+
+
+def score_logits(model, logits, target, temperature, with_entropy, entropy_grad):
+    """`response_logps` of P positions from their logits. (P, V), (P,) -> 2 x (P,)"""
+    logp = scaled_log_softmax(model, logits, temperature)
+    entropy = torch.zeros(len(target), device=logits.device)
+    if with_entropy:
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+            entropy = entropy_of(logp.exp(), logp)
+    return logp.gather(1, target[:, None]).squeeze(1), entropy
 
 
 class ChunkedHead(torch.autograd.Function):
@@ -1173,9 +1182,7 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, model, temperature, with_entropy, entropy_grad):
         def score(logits, y):
-            logp = scaled_log_softmax(model, logits, temperature)
-            entropy = entropy_of(logp.exp(), logp) if with_entropy else torch.zeros_like(logp[:, 0])
-            return logp.gather(1, y[:, None]).squeeze(1), entropy
+            return score_logits(model, logits, y, temperature, with_entropy, entropy_grad)
 
         logp, entropy = torch.zeros(2, len(target), device=hidden.device)
         for at, logits in ChunkedHead.chunks(hidden, weight):
@@ -1190,10 +1197,10 @@ class ChunkedHead(torch.autograd.Function):
     def backward(ctx, d_logp, d_entropy):
         def differentiate(logits, y, H, g, g_H):
             logp = scaled_log_softmax(ctx.model, logits, ctx.temperature)
-            d = -g * logp.exp()
-            d.scatter_add_(1, y, g)
+            p = logp.exp()
+            d = (-g * p).scatter_add_(1, y, g)
             if ctx.entropy_grad:
-                d -= g_H * logp.exp() * (logp.clamp(min=-200) + H)
+                d -= g_H * p * (logp.clamp(min=LOG_ZERO) + H)
             logits.copy_(d / ctx.temperature)
             return ()
 
@@ -1205,9 +1212,11 @@ class ChunkedHead(torch.autograd.Function):
         for at, logits in ChunkedHead.chunks(hidden, weight):
             few_rows(differentiate, logits, *(x[at] for x in columns))
             d_hidden[at] = logits @ weight
-            if d_weight is not None and weight.dtype == torch.float32:
+            if d_weight is None:
+                continue
+            if weight.dtype == torch.float32:  # without a second (V, H)
                 d_weight.addmm_(logits.T, hidden[at])
-            elif d_weight is not None:
+            else:
                 d_weight += logits.T @ hidden[at]
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None, None

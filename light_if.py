@@ -1353,13 +1353,14 @@ def begin(run, state, name, start, steps):
     return policy, tok, opt, reference
 
 
-def leave(run, state, name, policy, tok, test):
+def leave(run, state, name, policy, tok, opt, test):
     """The end of a training stage: its model, LoRA adapters merged, is in the folder that is
     returned; the last stage's in model/."""
     if state.get("evaluated") != state["step"]:
         state |= {"after": test(policy, tok), "evaluated": state["step"]}
     state["done"].append(name)
     state["stages"][name] = state["after"]
+    opt.release()
     folder = run.folder / ("model" if name == "hard" else name)
     if run.cfg.lora:
         policy = policy.merge_and_unload()
@@ -1404,8 +1405,7 @@ def fine_tune(run, state, start, rows, test):
             values["sft/dropped_nll"], values["sft/dropped_entropy"] = (
                 statistics.fmean(x) for x in zip(*left))
         run.end_step(state, values, [], policy, opt, partial(test, policy, tok))
-    opt.release()
-    return leave(run, state, name, policy, tok, test)
+    return leave(run, state, name, policy, tok, opt, test)
 
 
 def reinforce(run, state, name, start, tasks, steps, test):
@@ -1480,8 +1480,7 @@ def reinforce(run, state, name, start, tasks, steps, test):
         examples = [{"prompt": batch[i // cfg.group].question, "response": samples[i].text,
                      "reward": R.view(-1)[i].item()} for i in range(0, len(samples), cfg.group)][:4]
         run.end_step(state, values, examples, policy, opt, partial(test, policy, tok))
-    opt.release()
-    return leave(run, state, name, policy, tok, test)
+    return leave(run, state, name, policy, tok, opt, test)
 
 
 def step_statistics(batch, samples, acc, trained, state, cfg):

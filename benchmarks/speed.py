@@ -20,6 +20,7 @@ HOW CPU time of this process on one thread, float32: wall time where a core is f
     each token with probability 1/64: with at most 64 tokens, the mean response has 41.
 """
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -67,13 +68,18 @@ TRL = {  # --method of gcpo.py -> the GRPOConfig that means the same
 # --------------------------------------------------------------------------------- what is timed
 
 
+def qwen2(shape, vocab, tied=True):
+    """A model with random weights; `shape` as in SHAPES."""
+    width, layers, heads, kv_heads, mlp = shape
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=mlp, tie_word_embeddings=tied)).eval()
+
+
 def random_model(size, vocab=VOCAB):
     """-> a model with random weights, and a tokenizer of the words <pad>, <eos>, t2, t3, ..."""
-    width, layers, heads, kv_heads, mlp = SHAPES[size]
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=mlp, tie_word_embeddings=True)).eval()
+    model = qwen2(SHAPES[size], vocab)
     names = ["<pad>", "<eos>", *(f"t{i}" for i in range(2, vocab))]
     words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -154,14 +160,20 @@ def sampling():
     return result
 
 
+def plain_sampling(policy, tok, group, most, **more):
+    """For generate: the plain softmax, nothing else applied."""
+    return GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=most,
+        num_return_sequences=group, pad_token_id=tok.pad_token_id,
+        eos_token_id=common.stop_ids(policy, tok), **more)
+
+
 def sampling_cell(title, policy, tok, prompts, rounds, group=8, with_batch=False):
     """generate gets left-padded prompts, and returns ids; sample also returns texts,
     log-probabilities and entropies."""
     inputs = tok.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     stop = torch.tensor(common.stop_ids(policy, tok))
-    plain = GenerationConfig(  # the plain softmax, nothing else applied
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW,
-        num_return_sequences=group, pad_token_id=tok.pad_token_id, eos_token_id=stop.tolist())
+    plain = plain_sampling(policy, tok, group, NEW)
 
     def ours():
         return sum(len(s.tokens) for s in common.sample(policy, tok, prompts, group, NEW, 1.0))
@@ -184,7 +196,15 @@ def sampling_cell(title, policy, tok, prompts, rounds, group=8, with_batch=False
 # ------------------------------------------------------------------------------------ GRPO steps
 
 
-def trl_trainer(method, cfg, policy, tok, rows, reward, **more):
+def trl_flags(cfg, folder):
+    """What both trainers of TRL need to do in float32 what `cfg` says, and nothing else."""
+    return dict(output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False,
+                model_init_kwargs={"dtype": "float32"}, num_train_epochs=1, learning_rate=cfg.lr,
+                max_grad_norm=cfg.max_grad_norm, report_to="none", logging_strategy="no",
+                save_strategy="no", disable_tqdm=True)
+
+
+def trl_trainer(method, cfg, policy, tok, rows, reward):
     """TRL's GRPOTrainer on a copy of `policy`, with every setting that matters as in `cfg`."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -194,14 +214,11 @@ def trl_trainer(method, cfg, policy, tok, rows, reward, **more):
         trainer = GRPOTrainer(
             model=folder, reward_funcs=reward, processing_class=tok,
             train_dataset=Dataset.from_list(rows), args=GRPOConfig(
-                output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False,
-                model_init_kwargs={"dtype": "float32", **more}, num_generations=cfg.group,
-                per_device_train_batch_size=cfg.prompts * cfg.group, num_train_epochs=1,
+                **trl_flags(cfg, folder), num_generations=cfg.group,
+                per_device_train_batch_size=cfg.prompts * cfg.group,
                 max_completion_length=cfg.max_new_tokens, temperature=cfg.temperature,
                 beta=cfg.kl_beta, use_bias_correction_kl=False,  # its default is not k3 alone
-                epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, learning_rate=cfg.lr,
-                max_grad_norm=cfg.max_grad_norm, report_to="none", logging_strategy="no",
-                save_strategy="no", disable_tqdm=True, **TRL[method]))
+                epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, **TRL[method]))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -232,6 +249,7 @@ def is_even(text, _):
     return float(len(text.split()) % 2 == 0)
 
 
+@functools.cache
 def fastest_kernels():
     return "medium" if common.medium_is_exact() else "highest"
 
@@ -321,11 +339,8 @@ def dpo_steps(policy, tok, data, cfg, precomputed, kernels):
         trainer = DPOTrainer(
             model=folder, processing_class=tok, train_dataset=Dataset.from_list(rows),
             args=DPOConfig(
-                output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False,
-                model_init_kwargs={"dtype": "float32"}, per_device_train_batch_size=cfg.batch,
-                num_train_epochs=1, beta=cfg.beta, precompute_ref_log_probs=precomputed,
-                learning_rate=cfg.lr, max_grad_norm=cfg.max_grad_norm, report_to="none",
-                logging_strategy="no", save_strategy="no", disable_tqdm=True))
+                **trl_flags(cfg, folder), per_device_train_batch_size=cfg.batch, beta=cfg.beta,
+                precompute_ref_log_probs=precomputed))
         trainer.remove_callback(PrinterCallback)
         collate, number = trainer.data_collator, {tuple(x[0] + x[1]): x for x in data}
 

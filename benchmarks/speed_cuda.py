@@ -17,10 +17,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from speed import ROOT, about
+from speed import ROOT, about, plain_sampling, qwen2
 
 import common
 
@@ -39,15 +38,10 @@ SCRIPTS = {  # one step of each; spin: random weights judge nothing
 
 def random_model(size, device):
     """-> a model with random weights, bfloat16 on a GPU, and the tiny model's tokenizer."""
-    width, layers, heads, kv_heads, mlp, tied = SHAPES[size]
-    torch.manual_seed(0)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    torch.set_default_dtype(dtype)
+    *shape, tied = SHAPES[size]
+    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
     with torch.device(device):
-        model = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=VOCAB, hidden_size=width, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=mlp,
-            tie_word_embeddings=tied, max_position_embeddings=32768)).eval()
+        model = qwen2(shape, VOCAB, tied)
     torch.set_default_dtype(torch.float32)
     problems = common.tiny_problems((1, 2, 3), "train")[:500]
     tok = common.tiny_tokenizer([t for p in problems for t in (p.question, p.solution)])
@@ -91,12 +85,9 @@ def decode(device="cuda"):
 
 def decode_cell(policy, tok, batch, bandwidth):
     """Groups of 8, prompts of 128 tokens, 256 new ones, no EOS. -> tokens per second"""
-    device, c = policy.device.type, policy.config
+    device = policy.device.type
     prompts = torch.randint(0, len(tok), (batch // 8, PROMPT)).tolist()
-    plain = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=NEW,
-        max_new_tokens=NEW, num_return_sequences=8, pad_token_id=tok.pad_token_id,
-        eos_token_id=tok.eos_token_id)
+    plain = plain_sampling(policy, tok, 8, NEW, min_new_tokens=NEW)
 
     def ours(graphed):
         before, common.GRAPHED = common.GRAPHED, graphed
@@ -111,11 +102,9 @@ def decode_cell(policy, tok, batch, bandwidth):
              "generate": generate}
     spent = [[seconds(f, device) for f in sides.values()] for _ in range(1 + ROUNDS)]
     weights = sum(p.nbytes for p in policy.parameters())
-    if not c.tie_word_embeddings:  # only single rows of these are read
+    if not policy.config.tie_word_embeddings:  # only single rows of these are read
         weights -= policy.get_input_embeddings().weight.nbytes
-    column = 2 * c.num_hidden_layers * c.num_key_value_heads * policy.dtype.itemsize * (
-        c.hidden_size // c.num_attention_heads)
-    read = weights + batch * (PROMPT + NEW / 2) * column
+    read = weights + batch * (PROMPT + NEW / 2) * common.kv_bytes(policy)
     return {side: batch * NEW / median(x[1:]) for side, x in zip(sides, zip(*spent))} | {
         "bound": batch * bandwidth / read}
 

@@ -331,6 +331,7 @@ def dpo_steps(policy, tok, data, cfg, precomputed, kernels):
     from trl import DPOConfig, DPOTrainer
 
     opt, done, now = common.MasterAdamW(policy, lr=cfg.lr), {"ours": [], "trl": []}, {}
+    fetched = []  # batches, of which accelerate is always one ahead
     names = ("prompt", "chosen", "rejected")
     rows = [dict(zip(names, (tok.decode(x) + " " for x in row))) for row in data]
     compute = common.batch_logps
@@ -345,16 +346,19 @@ def dpo_steps(policy, tok, data, cfg, precomputed, kernels):
         collate, number = trainer.data_collator, {tuple(x[0] + x[1]): x for x in data}
 
         def remember(features):
-            now["rows"] = [number[tuple((f["prompt_ids"] + f["chosen_ids"])[:-1])]
-                           for f in features]
+            fetched.append([number[tuple((f["prompt_ids"] + f["chosen_ids"])[:-1])]
+                            for f in features])
             return collate(features)
 
         trainer.data_collator = remember
 
         class Turns(TrainerCallback):
+            def on_train_begin(self, *_, **__):
+                fetched.clear()  # what the reference was computed of
+
             def on_step_begin(self, *_, **__):
                 common.matmul_kernels(kernels)
-                now["start"], now["batch"] = time.process_time(), now["rows"]
+                now["start"], now["batch"] = time.process_time(), fetched.pop(0)
 
             def on_step_end(self, *_, **__):
                 spent = time.process_time() - now["start"]

@@ -83,7 +83,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 from common import (
@@ -110,9 +109,11 @@ from common import (
     same_answer,
     sample,
     sampling_statistics,
+    save_figure,
     seed_everything,
     set_up,
     sft_step,
+    stage,
     update,
 )
 
@@ -558,7 +559,7 @@ def evaluate_vectors(policy, heads, tok, pairs, cfg, folder):
     z, z_ann = (score(policy, heads, samples, [[columns(s)] for s in samples], cfg, False)[2][:, 0]
                 for samples in (drawn, [s for _, s in pairs]))
     parts = cosine_parts(z_ann.cpu(), z.cpu(), right)
-    draw_vectors(f"{folder}/vectors.png", parts)
+    draw_vectors(folder / "vectors.png", parts)
     return cosine_statistics(parts)
 
 
@@ -579,8 +580,7 @@ def draw_vectors(path, parts):
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 # ---------------------------------------------------------------------------------- 5. the loop
@@ -621,8 +621,9 @@ def warm_up(policy, tok, train, cfg, folder):
     and -> that policy, with fresh adapters under --lora: switched off they give the reference."""
     steps = max(1, cfg.sft_epochs * len(train) // SFT_BATCH)
     opt, losses = MasterAdamW(policy, lr=cfg.sft_lr), []
-    stream = problem_stream(train, 0, f"sft{cfg.seed}")
-    for step in tqdm(range(1, steps + 1), desc="stage 1, SFT", disable=None):
+    stream = None
+    for step in stage("stage 1, SFT", policy, opt, steps, {"losses": losses}):
+        stream = stream or problem_stream(train, (step - 1) * SFT_BATCH, f"sft{cfg.seed}")
         samples = [s for _, s in islice(stream, SFT_BATCH)]
         rate = cfg.sft_lr * (1 - (step - 1) / steps)
         losses.append(sft_step(policy, samples, opt, cfg, f"{step} of stage 1", [rate])[0])

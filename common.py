@@ -11,6 +11,7 @@ SHAPES  B prompts, G responses each, N = B*G rows, L columns (prompt + response)
 import argparse
 import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -19,12 +20,16 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import random
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -36,6 +41,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
@@ -191,11 +197,14 @@ def saved_config(cls, script, typed, flag):
         saved = json.loads((Path(typed[flag]) / "config.json").read_text())
         known = {k: v for k, v in saved["config"].items() if k in cls.__dataclass_fields__}
         made_by = saved["script"]
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         fail(f"{what}: no config.json of a run in it ({e}); name a run folder")
     if made_by != script:
         fail(f"{what}: was made by {made_by}.py, not by {script}.py")
-    return known
+    parser = Parser(cls)  # a folder may be from anywhere
+    parser.error = lambda message: fail(f"{what}: in its config.json, {message}")
+    checked = parser.parse_args([f"--{k}={v}" for k, v in known.items() if v is not None])
+    return known | {k: v for k, v in vars(checked).items() if known.get(k) is not None}
 
 
 def seed_everything(cfg):
@@ -294,15 +303,19 @@ def load_model(name, cfg, lora=False, flag="--model"):
     Dropout is off: log-probabilities must be those of the policy that sampled. `lora` wraps the
     model with peft adapters on every linear layer and checkpoints activations.
     """
-    path = str(tiny_model_folder()) if name == "tiny" else resolve_model(name, flag)
+    path, what = resolve_model(name, flag) if name != "tiny" else "", f"{flag} {name}"
+    if name == "tiny":
+        path = str(tiny_model_folder())
+        what = f"{what}, kept in {path} (delete that folder, and it is made anew)"
     if not Path(path).is_dir():
         find_hub()
     dtype = torch.float32 if cfg.device == "cpu" else torch.bfloat16
     try:
-        tok = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
+                                                     trust_remote_code=False)
     except Exception as e:  # many libraries' errors, all bad input here
-        hub_failure(f"{flag} {name}", e)
+        hub_failure(what, e)
     if tok.eos_token_id is None:
         fail(f"{flag} {name}: its tokenizer has no EOS token, so no response could ever end")
     if tok.pad_token_id is None:
@@ -405,12 +418,12 @@ class MasterAdamW(torch.optim.AdamW):
 
 def update(opt, cfg, step, loss, rates=None):
     """One clipped optimizer step. Returns the gradient norm before clipping. A loss or gradient
-    that is not finite ends the run before it can touch the weights. `rates`: the learning rate of
-    each parameter group; default cfg.lr after its linear warm-up."""
+    that is not finite ends the program before it can touch the weights. `rates`: the learning rate
+    of each parameter group; default cfg.lr after its linear warm-up."""
     norm = torch.nn.utils.clip_grad_norm_(opt.masters, cfg.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; no weight was touched by "
-             "them, and the last checkpoint is kept")
+             f"them; {Run.left()}")
     rates = rates or [cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))]
     for group, rate in zip(opt.param_groups, rates):
         group["lr"] = rate
@@ -957,6 +970,9 @@ def decode(model, tok, prompts, group, max_new_tokens, temperature, generator, r
         if read is not None:
             found[row, 1] = torch.where(ended, logp_of(read, logits), found[row, 1])
     lm.train(was_training)
+    if not logps.isfinite().all():
+        fail(f"step {Run.current.step if Run.current else 0}: a sampled token has log-probability "
+             f"nan, the logits of the model are not finite; {Run.left()}")
     tokens, logps, length, entropy, found = (
         x.tolist() for x in (tokens, logps, length, entropy, found))
     tokens = [row[:k] for row, k in zip(tokens, length)]
@@ -1067,6 +1083,7 @@ def draw(logits, temperature, generator=None):
         else:
             cdf = p.cumsum(-1)
             token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1)
+            token = token.clamp(max=logits.shape[1] - 1)  # beyond it if the logits are nan
         return token, logp.gather(1, token[:, None]).squeeze(1), entropy_of(p, logp)
 
     u = torch.zeros(len(logits), 1, device=logits.device)
@@ -1383,19 +1400,29 @@ def majority(answers, weights=None):
 # ------------------------------------------------------- run folder, metrics, checkpoints
 
 
-def save_folder(folder, write):
-    """`write(temporary folder)`, then rename: the folder is whole or not there. What it replaces
-    stays as `<folder>.old` until the new one has its name."""
+def save_folder(folder, write, keep_old=False):
+    """`write(temporary folder)`, then rename: the folder is whole or not there, after a power cut,
+    too. What it replaces is `<folder>.old` until the new one has its name, or, `keep_old`, until
+    the next one is written."""
     folder = Path(folder)
     new, old = (folder.with_name(f"{folder.name}.{x}") for x in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    write(new)
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)  # first: room for two is enough
+    new.mkdir(parents=True)
+    try:
+        write(new)
+        for path in [*new.rglob("*"), new]:
+            flush(path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
         folder.rename(old)
     new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    flush(folder.parent)
+    if not keep_old:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_once(folder, write):
@@ -1406,6 +1433,48 @@ def save_once(folder, write):
         own.rename(folder)
     except OSError:
         shutil.rmtree(own)
+
+
+def save_file_whole(path, write):
+    """The same for a file: `write(temporary file)`, then rename."""
+    new = path.with_name(f"{path.name}.new")
+    write(new)
+    flush(new)
+    os.replace(new, path)
+
+
+def save_figure(fig, path):
+    """A picture as a .png file, and no longer in memory."""
+    with writing(path.parent):
+        save_file_whole(path, lambda to: fig.savefig(to, dpi=110, format="png"))
+    sys.modules["matplotlib.pyplot"].close(fig)
+
+
+def flush(path):
+    """Waits until a file or folder is on the disk, and not only in a buffer of the system."""
+    found = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(found)
+    finally:
+        os.close(found)
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, as a hexadecimal text."""
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+@contextmanager
+def writing(folder):
+    """Turns a failed write in `folder` into one line that says what is left."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        fail(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e}); {Run.left()}")
 
 
 SAMPLING_METRICS = {  # what `sampling_statistics` tells, and the script's policy/mismatch
@@ -1433,31 +1502,91 @@ def sampling_statistics(samples, right, group, tokens):
             "sample/tokens": tokens}
 
 
+LOGS = ("metrics.jsonl", "samples.jsonl")
+SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+STAGE_SECONDS = 600  # of training between two checkpoints inside a stage, see `stage` [ours]
+
+
 class Run:
-    """The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, and at the end
-    curves.png, summary.json and model/.
+    """The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/ and checkpoint.old/,
+    the one before it, and at the end curves.png, summary.json and model/.
 
     `metrics` maps every loggable name (shell wildcards allowed) to a sentence; `curves` maps the
-    title of a panel to the names drawn in it.
+    title of a panel to the names drawn in it. A process has one run at a time.
     """
+
+    current, lock = None, None  # this process's, and the open folder that it holds
 
     def __init__(self, cfg, script, metrics, curves):
         self.cfg, self.script, self.metrics, self.curves = cfg, script, metrics, curves
         self.folder, self.started = Path(cfg.out), time.perf_counter()
         self.end = cfg.steps  # a script of several stages sets the end of each
+        self.step, self.training, self.stopping, self.good = 0, False, None, set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.hold()
             if not cfg.resume and (self.folder / "config.json").exists():
                 fail(f"--out {self.folder} holds a run: go on with --resume {self.folder}, or "
                      "choose another --out")
-            if not cfg.resume and {p.name for p in self.folder.iterdir()} - {"golden.jsonl"}:
+            started = {"golden.jsonl", "config.json.new"}  # a run that was killed at once
+            if not cfg.resume and {p.name for p in self.folder.iterdir()} - started:
                 fail(f"--out {self.folder} is not empty; choose another --out")
-            (self.folder / "writable").touch()
-            (self.folder / "writable").unlink()
+            for path in self.folder.glob("*.new"):  # half-written, when it was killed
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (self.folder / "config.json.new").touch()
+            (self.folder / "config.json.new").unlink()
         except OSError as e:
             fail(f"--out {self.folder}: cannot be written ({e.strerror})")
+        Run.current = self
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background has it
+                    signal.signal(number, self.ask_to_stop)
         shown = {k: v for k, v in asdict(cfg).items() if v not in ("", None, False)}
         print(f"{script}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
+
+    def hold(self):
+        """Keeps other processes out of the folder until this one ends, however it ends."""
+        if Run.lock is not None:
+            os.close(Run.lock)
+        Run.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--out {self.folder}: another process is at work in this folder; wait for its "
+                 "end, or choose another --out")
+        except OSError:  # a file system that knows no locks
+            pass
+
+    def ask_to_stop(self, number, frame):
+        """A signal ends the program after the step that is being trained, and its checkpoint; a
+        second one, and one outside of training, at once."""
+        if self.stopping or not self.training:
+            self.stop(number)
+        self.stopping = number
+        print(f"\n{signal.Signals(number).name}: stopping after this step (once more: at once)",
+              file=sys.stderr)
+
+    def stop(self, number):
+        """Ends the program as the shell knows it of this signal, and says how to go on."""
+        print(f"\nstopped by {signal.Signals(number).name}; {Run.left()}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    @staticmethod
+    def left():
+        """What this process's run, if it has one, can go on from, in words."""
+        run = Run.current
+        if run is None:
+            return "nothing else was touched"
+        if not (run.folder / "config.json").exists():
+            return "nothing is lost yet: give the same command again"
+        where = "no checkpoint was written yet"
+        for name in ("checkpoint", "checkpoint.stage"):  # the second is the newer one
+            about = run.folder / name / "about.json"
+            if about.exists():
+                where = f"the last good checkpoint is of {json.loads(about.read_text())['of']}"
+        return (f"{where}; go on with: python {run.script}.py --resume "
+                f"{shlex.quote(str(run.folder))}")
 
     def describe(self):
         try:
@@ -1480,10 +1609,14 @@ class Run:
             if not any(fnmatch(name, known) for known in self.metrics):
                 raise KeyError(f"{name} is not declared in METRICS")
             if not math.isfinite(value):
-                fail(f"step {step}: {name} is {value}; the last checkpoint is kept")
+                fail(f"step {step}: {name} is {value}; {Run.left()}")
         row = {"step": step, **{k: float(v) for k, v in values.items()}}
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+        self.append("metrics.jsonl", [row])
+
+    def append(self, name, rows):
+        """Adds rows to a log, one line of JSON each."""
+        with writing(self.folder), open(self.folder / name, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
 
     def report(self, step, result):
         """One line of an evaluation; of the numbers per level only the accuracies."""
@@ -1493,22 +1626,43 @@ class Run:
     def seconds(self):
         return time.perf_counter() - self.started
 
-    def save(self, model, opt, state):
+    def save(self, model, opt, state, name="checkpoint"):
         """Writes checkpoint/: trained weights, optimizer (None where none lives on), every RNG
-        state, the caller's `state` and the sizes of the log files, so that rows written after it
-        can be cut off."""
-        logs = {f: (self.folder / f).stat().st_size if (self.folder / f).exists() else 0
-                for f in ("metrics.jsonl", "samples.jsonl")}
-        extra = {"state": {**state, "seconds": self.seconds()}, "logs": logs, "rng": rng_state()}
-        if opt:
-            extra |= {"optimizer": opt.state_dict(), "masters": [m for _, m in opt.pairs]}
+        state, the caller's `state`, and the sizes of the log files, so that rows written after it
+        can be cut off; in about.json the SHA-256 of these files, and what they are of."""
+        state = {**state, "seconds": self.seconds()}
         weights = {n: p.detach().contiguous() for n, p in trained(model)}
 
         def write(to):
+            for log in LOGS:
+                (self.folder / log).touch()
+                flush(self.folder / log)
+            extra = {"state": state, "rng": rng_state(),
+                     "logs": {log: (self.folder / log).stat().st_size for log in LOGS}}
+            if opt:
+                extra |= {"optimizer": opt.state_dict(), "masters": [m for _, m in opt.pairs]}
             save_file(weights, to / "weights.safetensors")
-            torch.save(extra, to / "state.pt")
+            with open(to / "state.pt", "wb") as f:
+                try:
+                    torch.save(extra, f)
+                except RuntimeError as e:  # the write's own error is below it
+                    raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
+            about = {"of": state.get("of", f"step {state['step']}"),
+                     "sha256": {p.name: sha256_of(p) for p in to.iterdir()}}
+            (to / "about.json").write_text(json.dumps(about))
 
-        save_folder(self.folder / "checkpoint", write)
+        with writing(self.folder):
+            save_folder(self.folder / name, write, keep_old=name == "checkpoint")
+        if name == "checkpoint":  # newer than what a stage had
+            shutil.rmtree(self.folder / "checkpoint.stage", ignore_errors=True)
+
+    def checkpoint(self, due, model, opt, state, name="checkpoint"):
+        """`save`, if it is due or a signal has asked for the end, which then is here."""
+        asked = self.stopping
+        if due or asked:
+            self.save(model, opt, state, name)
+        if asked:
+            self.stop(asked)
 
     def restore(self, model, opt):
         """The last checkpoint's `state`; None for a new run or one killed before its first
@@ -1516,39 +1670,78 @@ class Run:
         weights are left alone, see `load`."""
         if not self.cfg.resume:
             return None
-        logs, state = {"metrics.jsonl": 0, "samples.jsonl": 0}, None
+        logs, state = dict.fromkeys(LOGS, 0), None
         if extra := self.load(model, opt):
             logs, state = extra["logs"], extra["state"]
             self.started -= state["seconds"]
-        for name, size in logs.items():
-            if (self.folder / name).exists():
-                os.truncate(self.folder / name, size)
+        with writing(self.folder):
+            for name, size in logs.items():
+                if (self.folder / name).exists():
+                    os.truncate(self.folder / name, size)
         where = f"after step {state['step']}" if state else "at the start (no checkpoint yet)"
         print(f"resuming {self.folder} {where}")
         return state
 
-    def load(self, model, opt):
-        """Puts the last checkpoint's weights, optimizer and RNG states back, into a model if there
-        is one; a script of several stages calls it in the stage that the checkpoint is of. -> the
-        checkpoint's other contents, None without one"""
-        found = [f for f in (self.folder / "checkpoint", self.folder / "checkpoint.old")
-                 if f.is_dir()]
-        if not found:
+    def load(self, model, opt, name="checkpoint"):
+        """Puts the last good checkpoint's weights, optimizer and RNG states back, into a model if
+        there is one; a script of several stages calls it in the stage that the checkpoint is of.
+        -> the checkpoint's other contents, None without one"""
+        folder = self.good_checkpoint(name)
+        if folder is None:
             return None
-        extra = torch.load(found[0] / "state.pt", map_location="cpu", weights_only=True,
-                           mmap=model is None)  # then only the counters are read
+        extra = read_state(folder, mmap=model is None)  # then only the counters are read
         if model is None:
             return extra
-        saved = load_file(found[0] / "weights.safetensors")
-        with torch.no_grad():
-            for name, p in trained(model):
-                p.copy_(saved[name])
-            for (_, m), s in zip(opt.pairs if opt else [], extra.get("masters", [])):
-                m.copy_(s)
-        if opt:
-            opt.load_state_dict(extra["optimizer"])
-        rng_state(extra["rng"])
+        try:
+            saved = load_file(folder / "weights.safetensors")
+            with torch.no_grad():
+                for key, p in trained(model):
+                    p.copy_(saved[key])
+                for (_, m), s in zip(opt.pairs if opt else [], extra.get("masters", [])):
+                    m.copy_(s)
+            if opt:
+                opt.load_state_dict(extra["optimizer"])
+            rng_state(extra["rng"])
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
+            fail(f"{folder}: is not a checkpoint of this run ({type(e).__name__}: {e})")
         return extra
+
+    def good_checkpoint(self, name):
+        """The newest of <name>/ and <name>.old/ that is as it was written, from now on under the
+        first of these names; None where there is neither."""
+        folder = self.folder / name
+        if name in self.good and folder.is_dir():
+            return folder
+        old = folder.with_name(f"{name}.old")
+        broken = {x: self.damage(x) for x in (folder, old) if x.is_dir()}
+        found = next((x for x, damage in broken.items() if not damage), None)
+        told = " and ".join(f"{x.name} is damaged ({d})" for x, d in broken.items() if d)
+        if found is None and told and name == "checkpoint":
+            fail(f"--resume {self.folder}: {told}, and there is no other; start anew with --out")
+        if told:
+            print(f"{self.folder}: {told}; going on from what was before it")
+        if found == old:
+            shutil.rmtree(folder, ignore_errors=True)
+            old.rename(folder)
+        if found:
+            self.good.add(name)
+        return found and folder
+
+    def damage(self, folder):
+        """What is wrong with a checkpoint, "" if nothing is."""
+        try:
+            known = json.loads((folder / "about.json").read_text())["sha256"]
+            for name in ("state.pt", "weights.safetensors"):
+                if sha256_of(folder / name) != known[name]:
+                    return f"{name} is not what was written"
+            for name, size in read_state(folder, mmap=True)["logs"].items():
+                if (self.folder / name).stat().st_size < size:
+                    return f"{name} has lost rows since"
+        except OSError as e:
+            return f"{Path(e.filename or folder).name}: {e.strerror}"
+        except (ValueError, KeyError, TypeError):
+            return "about.json is not what was written"
+        return ""
 
     def open(self):
         """Writes config.json: the folder counts as a run from here on, when all input has proved
@@ -1556,7 +1749,8 @@ class Run:
         config = self.folder / "config.json"
         about = json.loads(config.read_text()) if self.cfg.resume else self.describe()
         about["config"]["steps"] = self.cfg.steps  # the one flag that --resume may change
-        config.write_text(json.dumps(about, indent=2))
+        with writing(self.folder):
+            save_file_whole(config, lambda to: to.write_text(json.dumps(about, indent=2)))
 
     def start(self, model, opt, evaluate):
         """The state to go on from: the checkpoint's, or a new one with its `before` evaluation."""
@@ -1571,12 +1765,46 @@ class Run:
     def steps(self, state):
         """Counts state["step"] up to the end of the run, with one bar (silent when piped)."""
         bar = tqdm(total=self.end, initial=state["step"], desc=self.script, disable=None)
+        self.training = True
         while state["step"] < self.end and not self.sampled_enough(state):
             state["step"] += 1
-            self.step_started = time.process_time()
+            self.step, self.step_started = state["step"], time.process_time()
             yield state["step"]
             bar.update()
         bar.close()
+        self.training = False
+        if self.stopping:  # asked after the checkpoint of the last step
+            self.stop(self.stopping)
+
+    def stage(self, name, model, opt, steps, found):
+        """Counts the steps 1 to `steps` of a training before the first step of the run or inside
+        one (SFT, DPO). It has a checkpoint of its own, checkpoint.stage/, every STAGE_SECONDS, from
+        which a resumed run goes on. `name`: no other stage of the run has it; `found`: a dict of
+        lists that the training fills with numbers, which are brought back, too."""
+        done, state = 0, {}
+        if self.cfg.resume and (saved := self.load(None, None, "checkpoint.stage")):
+            state = saved["state"]
+        if state.get("name") == name:
+            self.load(model, opt, "checkpoint.stage")
+            for key, values in state["found"].items():
+                found[key][:] = values
+            done, self.started = state["done"], time.perf_counter() - state["seconds"]
+        before, self.training, saved_at = self.training, True, time.perf_counter()
+        for step in tqdm(range(done + 1, steps + 1), name, initial=done, total=steps, disable=None,
+                         leave=not before):
+            yield step
+            due = bool(self.cfg.save_every) and time.perf_counter() - saved_at > STAGE_SECONDS
+            state = {"step": self.step, "of": f"step {step} of {name}", "name": name, "done": step,
+                     "found": found}
+            self.checkpoint(due, model, opt, state, "checkpoint.stage")
+            saved_at = time.perf_counter() if due else saved_at
+        self.training = before
+
+    def save_model(self, name, model, tok):
+        """save_pretrained in a folder of the run."""
+        with writing(self.folder):
+            save_folder(self.folder / name,
+                        lambda to: (model.save_pretrained(to), tok.save_pretrained(to)))
 
     def sampled_enough(self, state):
         return 0 < self.cfg.sampled_tokens <= state["tokens"]
@@ -1592,12 +1820,11 @@ class Run:
             values = values | {f"eval/{k}": v for k, v in state["after"].items()}
             self.report(step, state["after"])
         self.log(step, **values)
-        with open(self.folder / "samples.jsonl", "a") as f:
-            f.writelines(json.dumps({"step": step, **row}) + "\n" for row in samples)
-        if last or (cfg.save_every and step % cfg.save_every == 0):
-            self.save(model, opt, state)
-            if not last:  # `finish` draws the last one
-                self.draw_curves()
+        self.append("samples.jsonl", [{"step": step, **row} for row in samples])
+        due = bool(cfg.save_every) and step % cfg.save_every == 0
+        self.checkpoint(last or due, model, opt, state)
+        if due and not last:  # `finish` draws the last one
+            self.draw_curves()
 
     def draw_curves(self):
         """curves.png: a panel per entry of `curves`, thin lines as logged, thick ones smoothed."""
@@ -1629,16 +1856,13 @@ class Run:
         name = Path(self.cfg.model).name
         fig.suptitle(f"{self.script} --method {self.cfg.method}, {name}, seed {self.cfg.seed}")
         fig.tight_layout()
-        fig.savefig(self.folder / "curves.new.png", dpi=110)
-        os.replace(self.folder / "curves.new.png", self.folder / "curves.png")
-        plt.close(fig)
+        save_figure(fig, self.folder / "curves.png")
 
     def finish(self, state, model, tok, evaluate):
         """model/, curves.png, summary.json, and the before/after table."""
         before = state["before"]
         after = state["after"] if state.get("evaluated") == state["step"] else evaluate()
-        save_folder(self.folder / "model",
-                    lambda to: (model.save_pretrained(to), tok.save_pretrained(to)))
+        self.save_model("model", model, tok)
         self.draw_curves()
         summary = {"script": self.script, "method": self.cfg.method, "model": self.cfg.model,
                    "seed": self.cfg.seed, "steps": state["step"], "seconds": self.seconds(),
@@ -1648,13 +1872,40 @@ class Run:
             summary["stages"] = state["stages"]
         if self.cfg.device != "cpu":
             summary["peak_gpu_gb"] = torch.cuda.max_memory_allocated(self.cfg.device) / 1e9
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
+        with writing(self.folder):
+            save_file_whole(self.folder / "summary.json",
+                            lambda to: to.write_text(json.dumps(summary, indent=2)))
         width = max(18, *(len(name) + 1 for name in after))
         print(f"\n{'held-out':<{width}}{'before':>8}{'after':>8}")
         for name in after:
             was = f"{before[name]:.3f}" if name in before else "-"
             print(f"{name:<{width}}{was:>8}{after[name]:>8.3f}")
         print(f"\n{state['step']} steps, {self.seconds():.0f} s; everything is in {self.folder}/")
+        self.close()
+
+    def close(self):
+        """Gives the folder and the signals back."""
+        os.close(Run.lock)
+        Run.current = Run.lock = None
+        for number, usual in SIGNALS.items():
+            if signal.getsignal(number) == self.ask_to_stop:
+                signal.signal(number, usual)
+
+
+def stage(name, model, opt, steps, found):
+    """`Run.stage` of this process's run; just the steps where there is none."""
+    if Run.current:
+        return Run.current.stage(name, model, opt, steps, found)
+    return range(1, steps + 1)
+
+
+def read_state(folder, mmap):
+    """A checkpoint's state.pt. Ends the program where loading it could run code."""
+    try:
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        fail(f"{folder}/state.pt: holds more than numbers and texts, and could run code if it were "
+             "loaded: not a checkpoint of these scripts")
 
 
 def trained(model):

@@ -107,10 +107,12 @@ from common import (
     sample,
     sample_solutions,
     sampling_statistics,
+    save_figure,
     set_up,
     stop_ids,
     update,
     vote,
+    writing,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -513,8 +515,7 @@ def draw_scores(path, score, right):
     for ax in (curve, histogram):
         ax.grid(alpha=0.3)
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def evaluate(policy, reference, tok, problems, z, cfg, folder):
@@ -561,7 +562,8 @@ def score_run(cfg):
         print(f"{name:<18}{value:>8.3f}")
     result["cost"] = {"solutions": len(prompts), "tokens": tokens, "generation_s": plain,
                       "with_score_s": read}
-    (Path(cfg.score) / "score.json").write_text(json.dumps(result, indent=2))
+    with writing(cfg.score):
+        (Path(cfg.score) / "score.json").write_text(json.dumps(result, indent=2))
     print(f"\ncost: generating {len(prompts)} solutions takes {plain:.3f} s, with the score "
           f"{read:.3f} s ({read / plain - 1:+.1%}; {tokens} tokens and one more for each solution, "
           f"{len(prompts) / tokens:+.1%}); score.png and score.json are in {cfg.score}/")

@@ -122,7 +122,7 @@ from common import (
     response_part,
     sample,
     sampling_statistics,
-    save_folder,
+    save_file_whole,
     save_once,
     saved_config,
     seed_everything,
@@ -130,6 +130,7 @@ from common import (
     tiny_model,
     tiny_tokenizer,
     update,
+    writing,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -202,6 +203,7 @@ VERDICT = 256              # tokens of a judge's verdict [ours]
 FLUENT = 6                 # least rating of a judge, 1 to 10 [code: prompt_jqzl_en: the third band]
 DRAFT = 300                # words of the answer that are looked for in the thinking [ours]
 TRIES = 20                 # responses per example that the cold start may cost [ours]
+PIECE = 256                # prompts of stages A and C that are answered before what came is kept
 THINK_END = "</think>"
 THINK = ("Before you answer, think between <think> and </think>: plan how to meet every "
          "requirement, write a draft, and check the draft against each requirement.")  # (D2)
@@ -1244,9 +1246,9 @@ def render(policy, tok, tasks, what, cfg):
     return encode_prompts(tasks, policy, tok, "" if thinks else THINK, cfg.max_new_tokens, what)
 
 
-def make_prompts(policy, tok, seeds, cfg):
+def make_prompts(policy, tok, seeds, cfg, done):
     """Stage A: prompts with 1 to 5 constraints that do not conflict, and how hard they are for the
-    model to be trained, by K responses each (D4). -> rows"""
+    model to be trained, by K responses each (D4). -> pieces of rows, without those in `done`"""
     rng = random.Random(2)
     if seeds is None:
         tasks = [tiny_task(rng, 1 + n % 5, False) for n in range(cfg.pool)]
@@ -1255,15 +1257,22 @@ def make_prompts(policy, tok, seeds, cfg):
     else:
         tasks = synthesise(seeds, cfg.pool, rng)
     tasks, K = render(policy, tok, tasks, "prompts", cfg), cfg.pass_samples
-    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    drawn = sample(policy, tok, [t.prompt for t in tasks], K, cfg.max_new_tokens, cfg.temperature,
-                   generator)
-    for i, t in enumerate(tasks):
-        found = [judged(s, t) for s in drawn[i * K:(i + 1) * K]]
-        t.pass_rate = statistics.fmean(acc for acc, _ in found)
-        t.dense = statistics.fmean(map(sum, found))
-        t.hardness = hardness(t.pass_rate, t.dense)
-    return [t.row() for t in tasks]
+    for start in tqdm(range(len(done) * PIECE, len(tasks), PIECE), "pass rates", disable=None):
+        piece, generator = tasks[start:start + PIECE], generator_of(cfg, "prompts", start)
+        drawn = sample(policy, tok, [t.prompt for t in piece], K, cfg.max_new_tokens,
+                       cfg.temperature, generator)
+        for i, t in enumerate(piece):
+            found = [judged(s, t) for s in drawn[i * K:(i + 1) * K]]
+            t.pass_rate = statistics.fmean(acc for acc, _ in found)
+            t.dense = statistics.fmean(map(sum, found))
+            t.hardness = hardness(t.pass_rate, t.dense)
+        yield {"rows": [t.row() for t in piece]}
+
+
+def generator_of(cfg, *names):
+    """A generator for a piece of a stage, so that a resumed run draws the same."""
+    key = "/".join(map(str, (cfg.seed, *names)))
+    return torch.Generator(cfg.device).manual_seed(random.Random(key).getrandbits(48))
 
 
 def hardness(pass_rate, dense):
@@ -1287,46 +1296,56 @@ def pools_of(tasks, cfg):
     return pools
 
 
-def extract(model, tasks, cfg):
+def extract(model, tasks, cfg, done):
     """Stage C, thinking-pattern extraction: of responses to prompts that were solved before, those
-    that are correct, deep enough and fluent (D8, D9). -> rows"""
+    that are correct, deep enough and fluent (D8, D9). -> pieces of rows, without those in `done`,
+    which the caller adds them to"""
     policy, tok = load_model(str(model), cfg)
     tasks = render(policy, tok, tasks, "prompts", cfg)
     judge = None if cfg.judge == "rule" else load_model(cfg.judge, cfg, flag="--judge")
-    stream = problem_stream([t for t in tasks if t.pass_rate] or tasks, 0, f"cold{cfg.seed}")
-    generator = torch.Generator(cfg.device).manual_seed(cfg.seed + 1)
-    rows, counts = [], dict(responses=0, correct=0, deep=0, fluent=0)
-    bar = tqdm(total=cfg.cold_start, desc="cold start", disable=None)
-    while len(rows) < cfg.cold_start and counts["responses"] < TRIES * (
-            cfg.cold_start if rows else min(100, cfg.cold_start)):
-        batch = list(islice(stream, 256))
+    solved = [t for t in tasks if t.pass_rate] or tasks
+    tried, found = len(done) * PIECE, sum(len(piece["rows"]) for piece in done)
+    stream = problem_stream(solved, tried, f"cold{cfg.seed}")
+    bar = tqdm(total=cfg.cold_start, initial=found, desc="cold start", disable=None)
+    while found < cfg.cold_start and tried < TRIES * (
+            cfg.cold_start if found else min(100, cfg.cold_start)):
+        batch, generator = list(islice(stream, PIECE)), generator_of(cfg, "cold start", tried)
         drawn = sample(policy, tok, [t.prompt for t in batch], 1, cfg.max_new_tokens,
                        cfg.temperature, generator)
         right = [(t, s) for t, s in zip(batch, drawn) if s.finished and judged(s, t)[0]]
         deep = [(t, s) for t, s in right if depth_of(s, t, cfg) == 1]
         good = [(t, s) for t, s in deep if fluent(s.text)]
         if judge and good:
-            found = ratings(*judge, [(t.question, split_thinking(s.text)[1]) for t, s in good], cfg)
-            good = [pair for pair, n in zip(good, found) if n >= FLUENT]
-        for name, part in zip(counts, (batch, right, deep, good)):
-            counts[name] += len(part)
-        rows += [t.row() | {"response": s.text} for t, s in good]
-        bar.update(len(good))
+            said = ratings(*judge, [(t.question, split_thinking(s.text)[1]) for t, s in good], cfg)
+            good = [pair for pair, n in zip(good, said) if n >= FLUENT]
+        rows = [t.row() | {"response": s.text} for t, s in good][:cfg.cold_start - found]
+        tried, found = tried + PIECE, found + len(rows)
+        bar.update(len(rows))
+        yield {"rows": rows, "counts": [len(x) for x in (batch, right, deep, good)]}
     bar.close()
-    told = ", ".join(f"{n} {name}" for name, n in counts.items())
-    print(f"cold start: {min(len(rows), cfg.cold_start)} examples ({told})")
-    if not rows:
+    names = ("responses", "correct", "deep", "fluent")
+    told = ", ".join(f"{sum(n)} {name}" for name, *n in zip(names, *(p["counts"] for p in done)))
+    print(f"cold start: {found} examples ({told})")
+    if not found:
         fail(f"no response is fit for the cold start ({told}); --sft none goes on without one")
-    return rows[:cfg.cold_start]
 
 
 def product(run, name, make):
-    """The rows of run/name.jsonl; made and written if they are not there yet."""
-    path = run.folder / f"{name}.jsonl"
+    """The rows of run/name.jsonl. Where they are not there yet, make(done) yields piece after
+    piece, without those in the list `done`; name.part keeps them as they come."""
+    path, part = run.folder / f"{name}.jsonl", run.folder / f"{name}.part"
     if not path.exists():
-        new = path.with_suffix(".new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in make()))
-        new.rename(path)
+        lines = part.read_text().splitlines(keepends=True) if part.exists() else []
+        done = [json.loads(x) for x in lines if x.endswith("\n")]  # the last may be cut off
+        with writing(run.folder):
+            save_file_whole(part, lambda to: to.write_text("".join(lines[:len(done)])))
+        for piece in make(done):
+            run.append(part.name, [piece])
+            done.append(piece)
+        rows = [json.dumps(row) + "\n" for piece in done for row in piece["rows"]]
+        with writing(run.folder):
+            save_file_whole(path, lambda to: to.write_text("".join(rows)))
+            part.unlink()
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert rows and all(isinstance(r["response" if name == "cold_start" else "prompt"], str)
@@ -1361,11 +1380,9 @@ def leave(run, state, name, policy, tok, opt, test):
     state["done"].append(name)
     state["stages"][name] = state["after"]
     opt.release()
-    folder = run.folder / ("model" if name == "hard" else name)
-    if run.cfg.lora:
-        policy = policy.merge_and_unload()
-    save_folder(folder, lambda to: (policy.save_pretrained(to), tok.save_pretrained(to)))
-    return folder
+    folder = "model" if name == "hard" else name
+    run.save_model(folder, policy.merge_and_unload() if run.cfg.lora else policy, tok)
+    return run.folder / folder
 
 
 def fine_tune(run, state, start, rows, test):
@@ -1562,7 +1579,7 @@ def main(argv=None):
     state = {"done": done, "stages": {}} | run.start(None, None, partial(test, policy, tok))
 
     # A. hardness-aware prompts
-    prompts = product(run, "prompts", lambda: make_prompts(policy, tok, seeds, cfg))
+    prompts = product(run, "prompts", partial(make_prompts, policy, tok, seeds, cfg))
     prompts = to_tasks(prompts, run.folder / "prompts.jsonl")
     pools = pools_of(prompts, cfg)                                      # {easy: ..., hard: ...}
     del policy
@@ -1577,7 +1594,7 @@ def main(argv=None):
         # C. the cold start: correct, deep and fluent responses show the pattern
         cold = []
         if reaches(cfg, "cold_start") and "sft" not in state["done"]:
-            cold = product(run, "cold_start", lambda: extract(model, prompts, cfg))
+            cold = product(run, "cold_start", partial(extract, model, prompts, cfg))
         # D. Entropy-SFT of the model that everything started from
         if reaches(cfg, "sft"):
             model = fine_tune(run, state, start, cold, test)

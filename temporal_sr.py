@@ -115,6 +115,7 @@ from common import (
     save_once,
     seed_everything,
     sft_step,
+    stage,
     tiny_model,
     tiny_tokenizer,
     trained,
@@ -175,6 +176,7 @@ METHODS = {"tsr": dict(past=True, future=True, steps=2, lr=5e-7),               
 TINY = dict(sft_steps=1000, sft_lr=3e-3, prompts=800, batch=64, lr=1.5e-4, max_new_tokens=40,
             eval_size=300, eval_samples=4, rs_sft=dict(lr=1e-3))
 MAX_PROMPT = 512           # tokens [App. D]
+PIECE = 1000               # prompts that are answered and judged between two checkpoints [ours]
 POOL, EFT_ITEMS = 25_000, 2000  # rows of the merged pool, UltraFeedback items for EFT [Data]
 
 METRICS = {
@@ -706,15 +708,15 @@ class Models:
         self.load(weights)
         return judgements(self.policy, self.tok, pairs, self.cfg, self.generator(*names, "judge"))
 
-    def answers(self, source, weights, prompts, step):
-        """K answers of a snapshot to every prompt, scored by M_i, `packed`. spin: one answer, of
-        score 0, where the data's has 1 (D13)"""
+    def answers(self, source, weights, prompts, where):
+        """K answers of a snapshot to every prompt, scored by M_i, `packed`; `where`, the iteration
+        or a piece of it, seeds them. spin: one answer, of score 0, where the data's has 1 (D13)"""
         k, said = self.cfg.group, None
         if self.cfg.method == "spin":
             k, said = 1, [(0.0,)] * len(prompts)
-        drawn = self.sample(weights, prompts, k, step, source)
+        drawn = self.sample(weights, prompts, k, where, source)
         pairs = [(prompts[n // k].question, s.text) for n, s in enumerate(drawn)]
-        return packed(drawn, said or self.judged(self.current, pairs, step, source))
+        return packed(drawn, said or self.judged(self.current, pairs, where, source))
 
     def learn(self, name, pairs, step):
         """DPO (rs_sft: SFT on the chosen) from M_i, and with M_i as the reference. -> a snapshot of
@@ -802,10 +804,10 @@ def supervise(policy, tok, rows, cfg, folder):
     """M_0: SFT on answers and judgements, mixed  [Eq. 4]. Leaves it in `folder`. -> that policy,
     with fresh adapters under --lora"""
     opt, losses = MasterAdamW(policy, lr=cfg.sft_lr), []
-    stream = problem_stream(rows, 0, f"sft{cfg.seed}")
-    rates = run_rates(cfg, cfg.sft_steps, cfg.sft_lr)
-    for step, rate in enumerate(tqdm(rates, desc="SFT", disable=None), 1):
-        batch = list(islice(stream, cfg.batch))
+    rates, stream = run_rates(cfg, cfg.sft_steps, cfg.sft_lr), None
+    for step in stage("SFT", policy, opt, cfg.sft_steps, {"losses": losses}):
+        stream = stream or problem_stream(rows, (step - 1) * cfg.batch, f"sft{cfg.seed}")
+        batch, rate = list(islice(stream, cfg.batch)), rates[step - 1]
         losses.append(sft_step(policy, batch, opt, cfg, f"{step} of SFT", [rate])[0])
     print(f"M_0: {cfg.sft_steps} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; in {folder}/")
     opt.release()
@@ -818,9 +820,11 @@ def dpo(policy, batches, opt, cfg, where):
     samples = [c.sample for batch in batches for pair in batch for c in pair]
     ref = batch_logps(policy, samples, cfg, 1.0).sum(1).view(-1, 2)            # (P, 2), once
     losses, margins, norms = [], [], []
+    found = {"losses": losses, "margins": margins, "norms": norms}
     rates = run_rates(cfg, len(batches), cfg.lr)
-    for batch, rate in zip(tqdm(batches, desc=f"DPO {where}", disable=None, leave=False), rates):
-        total, start = 0.0, cfg.batch * len(norms)
+    for step in stage(f"DPO {where}", policy, opt, len(batches), found):
+        batch, rate = batches[step - 1], rates[step - 1]
+        total, start = 0.0, cfg.batch * (step - 1)
         longer = [max((c.sample for c in pair), key=lambda s: len(s.tokens)) for pair in batch]
         for rows in micro_batches(longer, cfg.micro_tokens // 2):
             ids, mask = collate([batch[i][k].sample for k in (0, 1) for i in rows], cfg.device)
@@ -831,7 +835,7 @@ def dpo(policy, batches, opt, cfg, where):
             loss.sum().backward()
             total += loss.sum().item()
             margins += margin.tolist()
-        norms.append(update(opt, cfg, f"{where}, DPO step {len(norms) + 1}", total, [rate]))
+        norms.append(update(opt, cfg, f"{where}, DPO step {step}", total, [rate]))
         losses.append(total)
     return {"loss": statistics.fmean(losses), "margin": statistics.fmean(margins),
             "accuracy": statistics.fmean(m > 0 for m in margins), "first_norm": norms[0],
@@ -840,9 +844,13 @@ def dpo(policy, batches, opt, cfg, where):
 
 def sft(policy, batches, opt, cfg, where):
     """rs_sft: one epoch of SFT on the best answers. -> means over the run"""
-    rates = run_rates(cfg, len(batches), cfg.lr)
-    losses, norms = zip(*(sft_step(policy, [best.sample for best, _ in batch], opt, cfg, where, [r])
-                          for batch, r in zip(batches, rates)))
+    rates, losses, norms = run_rates(cfg, len(batches), cfg.lr), [], []
+    found = {"losses": losses, "norms": norms}
+    for step in stage(f"SFT {where}", policy, opt, len(batches), found):
+        chosen = [best.sample for best, _ in batches[step - 1]]
+        loss, norm = sft_step(policy, chosen, opt, cfg, where, [rates[step - 1]])
+        losses.append(loss)
+        norms.append(norm)
     return {"loss": statistics.fmean(losses), "first_norm": norms[0],
             "grad_norm": statistics.fmean(norms)}
 
@@ -909,18 +917,23 @@ def preferences(prompts, chosen, rejected):
 
 
 def part(run, policy, state, name, make, *args):
-    """make(name, *args), or what it gave before the run was killed: the parts of an iteration are
-    in the checkpoint."""
+    """make(*args), or what it gave before the run was killed: the parts of an iteration are in the
+    checkpoint."""
     if name not in state["parts"]:
-        state["parts"][name] = make(name, *args)
-        if run.cfg.save_every and state["step"] % run.cfg.save_every == 0:
-            run.save(policy, None, state | {"step": state["step"] - 1})
+        state["parts"][name] = make(*args)
+        due = bool(run.cfg.save_every) and state["step"] % run.cfg.save_every == 0
+        run.checkpoint(due, policy, None, state | {"step": state["step"] - 1})
     return state["parts"][name]
 
 
 def candidates(do, models, source, weights, prompts, step):
-    """`Models.answers` as a part of the iteration -> Q lists of K Candidates"""
-    return unpacked(do(source, models.answers, weights, prompts, step), prompts, source)
+    """`Models.answers`, in PIECEs that are parts of the iteration -> Q lists of K Candidates"""
+    found = []
+    for start in range(0, len(prompts), PIECE):
+        some, where = prompts[start:start + PIECE], f"{step}/{start}" if start else step
+        answers = do(f"{source} from {start}", models.answers, source, weights, some, where)
+        found += unpacked(answers, some, source)
+    return found
 
 
 def main(argv=None):
@@ -960,7 +973,7 @@ def main(argv=None):
         # phase 2, future-guided chosen
         ahead = {}
         if cfg.future:
-            M_f, ahead = do("M_f", models.learn, D_1, step)
+            M_f, ahead = do("M_f", models.learn, "M_f", D_1, step)
             r_f = answers("future", M_f, chunk, step)
             chosen = [future_guided_chosen(c, best(pool, ties)) for c, pool in zip(chosen, r_f)]
             D_2 = preferences(chunk, chosen, rejected)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("", "benchmarks")]
 os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses: the thread count changes the last digits
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may reach for the network; test_hub.py brings its own
 

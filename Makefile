@@ -1,4 +1,4 @@
-# make run | test | lint | results | bench | clean. Needs python3 >= 3.10 and make; everything else goes to .venv,
+# make run | test | lint | results | bench | fault | clean. Needs python3 >= 3.10 and make; everything else goes to .venv,
 # for `make bench`, which compares with TRL, to .venv-bench.
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -16,6 +16,10 @@ lint: .venv/installed
 results: .venv/installed
 	$(PY) benchmarks/reproduce.py $(ARGS)
 
+fault: .venv/installed
+	$(PY) benchmarks/fault.py $(ARGS)
+	$(PY) benchmarks/soak.py
+
 bench: .venv-bench/installed
 	.venv-bench/bin/python benchmarks/speed.py $(ARGS)
 
@@ -31,4 +35,4 @@ bench: .venv-bench/installed
 clean:
 	rm -rf .venv .venv-bench .pytest_cache .ruff_cache __pycache__ */__pycache__
 
-.PHONY: run test lint results bench clean
+.PHONY: run test lint results bench fault clean

@@ -1402,13 +1402,12 @@ def majority(answers, weights=None):
 
 def save_folder(folder, write, keep_old=False):
     """`write(temporary folder)`, then rename: the folder is whole or not there, after a power cut,
-    too. What it replaces is `<folder>.old` until the new one has its name, or, `keep_old`, until
-    the next one is written."""
+    too. What it replaces is `<folder>.old` until the new one has its name, and then, if it is to be
+    kept, `<folder>/before`."""
     folder = Path(folder)
     new, old = (folder.with_name(f"{folder.name}.{x}") for x in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)  # first: room for two is enough
+    for path in (new, folder / "before"):  # room for two is enough
+        shutil.rmtree(path, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         write(new)
@@ -1418,11 +1417,13 @@ def save_folder(folder, write, keep_old=False):
         shutil.rmtree(new, ignore_errors=True)
         raise
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     new.rename(folder)
     flush(folder.parent)
-    if not keep_old:
-        shutil.rmtree(old, ignore_errors=True)
+    if keep_old and old.exists():
+        old.rename(folder / "before")
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_once(folder, write):
@@ -1508,8 +1509,8 @@ STAGE_SECONDS = 600  # of training between two checkpoints inside a stage, see `
 
 
 class Run:
-    """The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/ and checkpoint.old/,
-    the one before it, and at the end curves.png, summary.json and model/.
+    """The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/ and in it before/, the
+    one before it, and at the end curves.png, summary.json and model/.
 
     `metrics` maps every loggable name (shell wildcards allowed) to a sentence; `curves` maps the
     title of a panel to the names drawn in it. A process has one run at a time.
@@ -1707,20 +1708,26 @@ class Run:
         return extra
 
     def good_checkpoint(self, name):
-        """The newest of <name>/ and <name>.old/ that is as it was written, from now on under the
-        first of these names; None where there is neither."""
+        """The checkpoint, or the one before it, if it is as it was written, and then from now on in
+        its place; None where there is none."""
         folder = self.folder / name
         if name in self.good and folder.is_dir():
             return folder
-        old = folder.with_name(f"{name}.old")
-        broken = {x: self.damage(x) for x in (folder, old) if x.is_dir()}
-        found = next((x for x, damage in broken.items() if not damage), None)
-        told = " and ".join(f"{x.name} is damaged ({d})" for x, d in broken.items() if d)
+        old, found, told = folder.with_name(f"{name}.old"), None, []
+        for path in (folder, old, folder / "before"):
+            if found is None and path.is_dir():
+                damage = self.damage(path)
+                found = None if damage else path
+                told += [f"{path.relative_to(self.folder)} is damaged ({damage})"] if damage else []
+        told = " and ".join(told)
         if found is None and told and name == "checkpoint":
             fail(f"--resume {self.folder}: {told}, and there is no other; start anew with --out")
         if told:
             print(f"{self.folder}: {told}; going on from what was before it")
-        if found == old:
+        if found and found != folder:
+            if found != old:
+                shutil.rmtree(old, ignore_errors=True)
+                found.rename(old)
             shutil.rmtree(folder, ignore_errors=True)
             old.rename(folder)
         if found:

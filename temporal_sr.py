@@ -232,6 +232,8 @@ def parse(argv):
     if cfg.dataset == "tiny" and (cfg.eval_dataset or cfg.eft_dataset):
         fail("--dataset tiny has its own held-out prompts and judge examples: leave out "
              "--eval_dataset and --eft_dataset")
+    if cfg.eft_dataset and not cfg.sft_steps:
+        fail("--eft_dataset: teaches judging by SFT, and --sft_steps 0 has none")
     if {cfg.eval_dataset, cfg.eft_dataset} & {"tiny", "ultrafeedback"}:
         fail("--eval_dataset and --eft_dataset: give a file or a Hub id")
     if cfg.dataset == "tiny" and cfg.model != "tiny" and cfg.sft_steps:

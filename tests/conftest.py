@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("", "benchmarks")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses: the thread count changes the last digits
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may reach for the network; test_hub.py brings its own
 

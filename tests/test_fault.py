@@ -2,6 +2,7 @@
 folder from somebody else, numbers that are not finite."""
 
 import errno
+import importlib
 import json
 import os
 import pickle
@@ -215,11 +216,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(four, whole, capsys
 
 
 def test_nothing_good_is_left(four, refused):
-    for folder in ("checkpoint", "checkpoint.old"):
+    for folder in ("checkpoint", "checkpoint/before"):
         (four / folder / "state.pt").write_bytes(b"")
     logs = text_of(four)
     error = refused(gcpo.main, "--resume", four, "--steps", 6)
-    assert "checkpoint is damaged" in error and "checkpoint.old is damaged" in error
+    assert "checkpoint is damaged" in error and "checkpoint/before is damaged" in error
     assert text_of(four) == logs, "it was not thrown away"
 
 
@@ -435,9 +436,39 @@ def test_the_step_the_number_and_the_checkpoint_are_named(tmp_path, monkeypatch,
     assert all(w.isfinite().all() for w in saved.values())
 
 
-def test_a_run_that_is_nothing_but_truncated(tmp_path):
-    rows = run(tmp_path / "r", "--max_new_tokens", 1, "--golden", "off")
-    assert all(r["sample/truncated"] == 1 and r["optim/grad_norm"] == 0 for r in rows[1:])
+@pytest.mark.parametrize("name", sorted(fault.FLAGS))
+def test_no_response_ever_ends(tmp_path, name):
+    """All responses are cut off after their first token: nothing to learn, and no accident."""
+    code = """if True:
+        import sys; sys.path[:0] = [".", "benchmarks"]
+        import common, fault, temporal_sr
+        def cut(*a):
+            found = real(*a)
+            for s in found:
+                s.tokens, s.logps, s.finished, s.read = s.tokens[:1], s.logps[:1], False, ()
+                s.text = "x"
+            return found
+        if sys.argv[1] == "temporal_sr":  # answers, not judgements
+            real, temporal_sr.Models.sample = temporal_sr.Models.sample, cut
+        else:
+            real, common.decode = common.decode, cut
+        fault.child(sys.argv[1], {}, sys.argv[2:])"""
+    argv = [*fault.FLAGS[name].split(), "--out", str(tmp_path / "r")]
+    argv += {"light_if": ["--sft", "none"], "gcpo": ["--golden", "off"],
+             "laser": ["--c_ref", "-12"]}.get(name, [])
+    done = subprocess.run([sys.executable, "-c", code, name, *argv], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(x) for x in text_of(tmp_path / "r")[0].splitlines()]
+    assert all(r["sample/truncated"] == 1 for r in rows if "sample/truncated" in r)
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["after"].get("accuracy", 0) == 0
+
+
+@pytest.mark.parametrize("name", ["gcpo", "laser", "light_if"])
+def test_a_group_of_one_has_nothing_to_compare(tmp_path, refused, name):
+    main = importlib.import_module(name).main
+    assert "at least 2" in refused(main, "--group", 1, "--out", tmp_path / "r")
 
 
 def test_empty_batches(tiny, policy):

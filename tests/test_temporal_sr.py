@@ -694,6 +694,7 @@ def test_hub_data(monkeypatch):
     (["--sft_steps", -1], "--sft_steps -1"), (["--group", 0], "--group 0"),
     (["--prompts", 4000], "4862 prompts"), (["--eft_dataset", "x.jsonl"], "--dataset tiny has its"),
     (["--eval_dataset", "tiny"], "--dataset tiny has its"),
+    (["--dataset", "d.jsonl", "--eft_dataset", "e.jsonl", "--sft_steps", 0], "--sft_steps 0 has"),
     (["--method", "dpo"], "invalid choice")])
 def test_refused_flags(tmp_path, argv, told, refused):
     error = refused(temporal_sr.main, "--out", tmp_path / "r", "--sft_steps", 1, *argv)

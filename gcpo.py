@@ -294,12 +294,24 @@ def in_form(text, problem, instruction, thinking):
     return text
 
 
+def golden_row(line, what):
+    """A line of golden.jsonl -> a dict"""
+    try:
+        row = json.loads(line)
+        if all(isinstance(row[k], str) for k in ("model", "question", "answer", "text")):
+            return row
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    fail(f"{what} is not what this script wrote; delete it, and it is made anew")
+
+
 def written_by_model(problems, cfg, run, instruction):
     """Solutions sampled from the model named by --golden, only verified ones, for the problems
     that this run can meet; kept in golden.jsonl as they come, so that nothing is written twice."""
     cache = run.folder / "golden.jsonl"
-    lines = cache.read_text().splitlines(keepends=True) if cache.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
+    lines = cache.read_bytes().splitlines(keepends=True) if cache.exists() else []
+    rows = [golden_row(line, f"{cache}: line {number}") for number, line in enumerate(lines, 1)
+            if line.endswith(b"\n")]  # the last may be cut off
     texts = {(r["question"], r["answer"]): r["text"] for r in rows if r["model"] == cfg.golden}
     n = len(problems) if cfg.dynamic_sampling else min(len(problems), cfg.steps * cfg.prompts)
     met = list(islice(problem_stream(problems, 0, cfg.seed), n))

@@ -17,7 +17,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import logging
 import math
 import os
 import pickle
@@ -34,6 +33,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
@@ -479,7 +479,7 @@ class Problem:
     prompt: tuple = ()  # token ids, filled in by `encode_prompts`
 
 
-def read_rows(name, split, flag):
+def read_rows(name, split, flag, built_in=("tiny", *HUB_DATA)):
     """Rows of a built-in name, a Hub id or a local file, as a list of dicts; None where `split` is
     test and the data has none of its own."""
     path, what = Path(name), f"{flag} {name}"
@@ -490,21 +490,22 @@ def read_rows(name, split, flag):
         return None
     if not local:
         if "/" not in hub_id:
-            fail(f"{what}: not a built-in name ({', '.join(['tiny', *HUB_DATA])}), not a "
-                 ".jsonl/.json/.parquet file, not a Hub id (owner/name)")
+            known = f"not a built-in name ({', '.join(built_in)}), " if built_in else ""
+            fail(f"{what}: {known}not a .jsonl/.json/.parquet file, not a Hub id (owner/name)")
         find_hub()
     elif not path.is_file():
         fail(f"{what}: no such file")
-    elif not path.read_bytes().strip():
+    elif not path.stat().st_size:
         fail(f"{what}: the file is empty")
+    elif path.suffix.lower() != ".parquet":
+        return read_json(path, what)
     import datasets  # after find_hub: it reads the offline switch on import
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         if local:
-            kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
-            rows = list(datasets.load_dataset(kind, data_files=str(path), split="train"))
+            rows = list(datasets.load_dataset("parquet", data_files=str(path), split="train"))
         else:
             parts = datasets.load_dataset(hub_id, config)
             wanted = train if split == "train" else test
@@ -514,27 +515,36 @@ def read_rows(name, split, flag):
     except Exception as e:  # many libraries' errors, all bad input here
         if not local:
             hub_failure(what, e)
-        where = broken_line(path) if kind == "json" else ""
-        fail(f"{what}: {where or str(e.__cause__ or e).strip().splitlines()[0]}")
+        fail(f"{what}: {str(e.__cause__ or e).strip()[:300]}")
     if not rows or not rows[0]:
         fail(f"{what}: no rows in it")
     return rows
 
 
-def broken_line(path):
-    """Where a JSON (lines) file stops being JSON, in words; "" if it does not."""
+def read_json(path, what):
+    """Rows of a JSON file, a list of objects, or of a JSON lines file; all have all columns."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        return "not UTF-8 text"
-    whole = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
-    for number, line in enumerate([text] if whole else text.splitlines(), 1):
+        fail(f"{what}: not UTF-8 text")
+    whole = text.lstrip().startswith("[")
+    rows = []
+    for number, line in enumerate([text] if whole else text.split("\n"), 1):
         try:
             if line.strip():
-                json.loads(line)
-        except ValueError as e:
-            return f"line {e.lineno if whole else number} is not valid JSON ({e.msg})"
-    return ""
+                rows.append(json.loads(line))
+                json.dumps(rows[-1], ensure_ascii=False).encode()  # raises at half a surrogate pair
+        except (ValueError, RecursionError) as e:
+            fail(f"{what}: line {e.lineno if whole and hasattr(e, 'lineno') else number} is not "
+                 f"valid JSON ({getattr(e, 'msg', str(e)[:200])})")
+    rows = rows[0] if whole else rows
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            fail(f"{what}: row {number} is not an object with a value for every column")
+    names = dict.fromkeys(name for row in rows for name in row)
+    if not names:
+        fail(f"{what}: no rows in it")
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def to_problems(rows, what):
@@ -544,23 +554,28 @@ def to_problems(rows, what):
     if column["question"] is None or (column["answer"] is None and column["solution"] is None):
         missing = "question" if column["question"] is None else "answer"
         fail(f"{what}: no {missing} column; it needs one of {COLUMNS['question']} and one of "
-             f"{COLUMNS['answer'] + COLUMNS['solution']}, but has {tuple(rows[0])}")
+             f"{COLUMNS['answer'] + COLUMNS['solution']}, but has {tuple(rows[0])[:20]}")
     if "body" in have and column["question"].lower() == "question":
         for row in rows:  # SVAMP tells its story in a column of its own
-            row[column["question"]] = f"{row[have['body']]} {row[column['question']]}"
+            story, question = (as_text(row[c]) for c in (have["body"], column["question"]))
+            row[column["question"]] = story and question and f"{story} {question}"
     problems = []
     for number, row in enumerate(rows, 1):
         values = [row.get(column[k]) for k in ("question", "answer", "solution")]
-        values = ["" if v is None else v for v in [*values, row.get(have.get("level"))]]
-        if not all(isinstance(v, (str, int, float)) for v in values):
-            fail(f"{what}: row {number} has a list or an object where a text or number must be; "
+        values = [as_text(v) for v in [*values, row.get(have.get("level"))]]
+        if None in values:
+            fail(f"{what}: row {number} has something else than a text or an exact number; "
                  f"question, answer and solution are read from the columns {column}")
-        question, answer, solution, level = (str(v).strip() for v in values)
+        question, answer, solution, level = values
         marked = extract_answer(answer or solution)
         if marked:  # the answer stands at the end of a solution, as in GSM8K
             answer, solution = marked, solution or answer
         solution = re.sub(r"<<[^<>]*>>", "", solution)  # GSM8K's calculator marks
         problems.append(Problem(question, answer, solution, level))
+    levels = {p.level for p in problems}
+    if len(levels) > 20 or any(len(level) > 40 or not level.isprintable() for level in levels):
+        for p in problems:  # no levels of difficulty
+            p.level = ""
     good = [p for p in problems if p.question and p.answer]
     if not good:
         fail(f"{what}: no row has both a question and an answer")
@@ -568,6 +583,16 @@ def to_problems(rows, what):
         print(f"{what}: {len(problems) - len(good)} of {len(problems)} rows left out: no question "
               "or no answer")
     return good
+
+
+def as_text(value):
+    """A cell of the data; "" for what stands for a missing value, None for another type, or for a
+    number that a float has rounded."""
+    if value is None or isinstance(value, float) and not math.isfinite(value):
+        return ""
+    if isinstance(value, float):
+        return f"{Decimal(str(value)):f}" if abs(value) < 2**53 else None  # 1e-05 as 0.00001
+    return str(value).strip() if isinstance(value, str | int) else None
 
 
 def load_problems(cfg, levels=None):
@@ -645,9 +670,12 @@ def set_up(cfg, path=None, plain=None, levels=None):
 
 def defuse(tok, text):
     """The text with a space inside whatever the tokenizer would read as one of its special tokens:
-    what stands in data or in a response never becomes a control token."""
+    what stands in data or in a response never becomes a control token. Half a surrogate pair, which
+    no tokenizer takes, becomes a question mark."""
+    text = text.encode(errors="replace").decode()
     while found := [t for t in special_tokens(tok) if t in text]:
-        text = text.replace(found[0], f"{found[0][0]} {found[0][1:]}")
+        start = len(found[0]) - len(found[0].lstrip()) + 1
+        text = text.replace(found[0], f"{found[0][:start]} {found[0][start:]}")
     return text
 
 
@@ -1268,26 +1296,29 @@ def response_part(sample, row):
 
 # ------------------------------------------------------------------------------ answer checking
 
+UNIT = r"(?!(?i:and|to)\b|.*\b(?i:or|not)\b)[a-zA-Z]{2}[a-zA-Z .]*"  # no second candidate
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
 
 
 def extract_answer(text):
     """The final answer: what follows the last `####`, `\\boxed{...}`, `the answer is` or
     `Answer:`, whichever comes last. None if there is no such mark."""
-    found = []
+    hashes = boxed = said = (-1, 0, 0)  # of the last one: start, start and end of the answer
     for m in re.finditer(r"####[ \t]*([^\n]+)", text):
-        found.append((m.start(), m[1]))
-    for m in re.finditer(r"\\boxed\s*\{", text):
-        depth, end = 1, m.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if depth == 0:
-            found.append((m.start(), text[m.end():end - 1]))
-    for m in re.finditer(r"(?:\banswer is:?|\banswer:)\s*(?!\\boxed|####)(?=([^\n]+))", text, re.I):
-        found.append((m.start(), re.split(r"\.(?:\s|$)", m[1])[0]))
-    answer = max(found)[1].strip().strip("<>*").strip() if found else ""
-    return answer or None
+        hashes = m.start(), *m.span(1)
+    opened = []
+    for m in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if m[0] != "}":
+            opened.append(m.span() if len(m[0]) > 1 else None)
+        elif opened and (mark := opened.pop()):
+            boxed = max(boxed, (*mark, m.start()))
+    for m in re.finditer(r"(?:\banswer is:?|\banswer:)\s*(?!\\boxed|####)(?=[^\n])", text, re.I):
+        said = *m.span(), len(text)
+    last = max(hashes, boxed, said)
+    answer = text[last[1]:last[2]]
+    if last is said:  # up to the end of the sentence
+        answer = re.split(r"\n|\.(?:\s|$)", answer, maxsplit=1)[0]
+    return answer.strip().strip("<>*").strip() or None
 
 
 def as_number(text):
@@ -1296,7 +1327,7 @@ def as_number(text):
         return None
     text = text.replace("\\$", "$").replace("\\%", "%").replace("\u2212", "-").strip()
     m = re.fullmatch(rf"(?:[a-zA-Z]\s*=\s*)?(-?)[$€£]?\s*\+?(?:({NUMBER})\s*/\s*(\d+)|"
-                     rf"(-?\d+)\s+(\d+)/(\d+)|({NUMBER}))(?:\s*(?:%|°|[a-zA-Z]{{2}}[a-zA-Z .]*)|"
+                     rf"(-?\d+)\s+(\d+)/(\d+)|({NUMBER}))(?:\s*(?:%|°|{UNIT})|"
                      rf"\s+[a-zA-Z])?\.?", text)
     if not m:
         return None
@@ -1318,6 +1349,8 @@ def same_answer(given, truth):
     """Equality of two final answers: as numbers, as texts, else as LaTeX by math-verify."""
     if given is None or truth is None:
         return False
+    if max(len(given), len(truth)) > 500:  # the patterns below would take long
+        return given.split() == truth.split()
     given, truth = (re.sub(r"^(\$\$?|\\\(|\\\[)\s*(.+?)\s*(\1|\\\)|\\\])$", r"\2", x.strip())
                     for x in (given, truth))  # $18$, \(18\)
     a, b = as_number(given), as_number(truth)
@@ -1326,13 +1359,87 @@ def same_answer(given, truth):
     tight = [re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", x) for x in (given, truth)]
     if tight[0] == tight[1]:
         return True
-    if not re.search(r"[\\^_{}()\[\]]", given + truth) or len(given) > 500:
+    if not re.search(r"[\\^_{}()\[\]]", given + truth):
         return False
-    from math_verify import parse, verify
+    bases = [re.findall(r"\d_\{?(\d+)", x) for x in (given, truth)]  # math-verify ignores them
+    if all(bases) and bases[0] != bases[1]:
+        return False
+    return same_latex(truth, given)
 
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    parsed = [parse(f"${x}$", parsing_timeout=1) for x in (truth, given)]
-    return bool(verify(*parsed, timeout_seconds=1))
+
+def same_latex(truth, given):
+    """math-verify's verdict, False where it takes more than CHECK_SECONDS of a processor or
+    CHECK_MEMORY. `9^{9^{9^9}}` is one multiplication, which no exception or signal handler can
+    interrupt, so it is asked in a process of its own."""
+    for _ in range(2):  # a process that someone else killed has said nothing
+        checker, said = answer_checker(os.getpid()), ""
+        try:
+            checker.stdin.write(json.dumps([truth, given]) + "\n")
+            checker.stdin.flush()
+            said = checker.stdout.readline()
+        except BrokenPipeError:
+            pass
+        finally:
+            if not said:
+                checker.kill()
+                answer_checker.cache_clear()
+        if said or checker.wait() == -signal.SIGPROF:
+            break
+    return said == "True\n"
+
+
+@functools.lru_cache(1)
+def answer_checker(pid):
+    """Starts `check_answers` as a process that ends with this one, whose id is `pid`; Ctrl-C, which
+    reaches all of a terminal's session, is left to this one."""
+    code = f"{inspect.getsource(check_answers)}\ncheck_answers({CHECK_SECONDS}, {CHECK_MEMORY})"
+    checker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               start_new_session=True)
+    if checker.stdout.readline() != "ready\n":
+        fail("math-verify, which compares LaTeX answers, does not start; try: python -c 'import "
+             "math_verify'")
+    return checker
+
+
+CHECK_SECONDS, CHECK_MEMORY = 3, 4 << 30  # most checks take some hundredths of a second
+
+
+def check_answers(seconds, memory):
+    """[truth, given] as JSON, line by line -> are they equal as LaTeX? What math-verify's `parse`
+    does besides is left out: it looks for an answer inside the text, and evaluates as Python
+    (sympy's parse_expr) what is no LaTeX."""
+    import contextlib
+    import json
+    import logging
+    import resource
+    import signal
+    import sys
+
+    from math_verify import LatexExtractionConfig, verify
+    from math_verify.parser import normalize_latex, parse_latex_cached
+
+    def read(text):
+        text = normalize_latex(text, LatexExtractionConfig().normalization_config)
+        try:
+            return [parse_latex_cached(text), text]
+        except Exception:  # many kinds, all of them no LaTeX
+            return [text]
+
+    logging.disable()
+    answers, sys.stdout = sys.stdout, sys.stderr
+    verify(read("\\frac{1}{2}"), read("0.5"), timeout_seconds=None)  # loads what is loaded late
+    with contextlib.suppress(ValueError):  # a lower limit than this is in force
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        equal = False
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
+        with contextlib.suppress(Exception):
+            truth, given = map(read, json.loads(line))
+            equal = verify(truth, given, timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(bool(equal), file=answers, flush=True)
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -1840,6 +1947,7 @@ class Run:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
+        plt.rcParams["text.parse_math"] = False  # a level may have a $ in it
         rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
         logged = sorted({k for r in rows for k in r})
         panels = {title: [k for pattern in names for k in logged if fnmatch(k, pattern)]

@@ -377,6 +377,13 @@ def bullets(text):
     return sum(len(re.findall(p, text, re.M)) for p in (r"^\s*\*[^*].*$", r"^\s*-.*$"))
 
 
+def has_title(text):
+    """Something between the first `<<` and the last `>>` of a line."""
+    ends = [(line, line.find("<<"), line.rfind(">>")) for line in text.split("\n")]
+    return any(line[a:b + 2].lstrip("<").rstrip(">").strip() for line, a, b in ends
+               if 0 <= a < b - 2)
+
+
 def is_json(text):
     """JSON, in a markdown fence or without."""
     text = re.sub(r"^```(?:json|Json|JSON)?", "", text.strip())
@@ -461,7 +468,7 @@ KINDS = {
         lambda rng, _: {"num_paragraphs": 3, "nth_paragraph": rng.randint(1, 3),
                         "first_word": rng.choice(WORDS)}),
     "detectable_content:number_placeholders": Kind(
-        lambda x, num_placeholders: len(re.findall(r"\[[^]\n]*\]", x)) >= num_placeholders,
+        lambda x, num_placeholders: len(re.findall(r"\[[^][\n]*\]", x)) >= num_placeholders,
         "Leave at least {num_placeholders} placeholders in square brackets, such as [name].",
         "placeholder|bracket", BOUND, lambda rng, _: {"num_placeholders": rng.randint(1, 4)}),
     "detectable_content:postscript": Kind(
@@ -490,7 +497,7 @@ KINDS = {
     "detectable_format:json_format": Kind(
         is_json, "Give the whole answer as JSON.", "json", EXACT, lambda rng, _: {}),
     "detectable_format:title": Kind(
-        lambda x: any(t.lstrip("<").rstrip(">").strip() for t in re.findall(r"<<[^\n]+>>", x)),
+        has_title,
         "Give it a title in double angular brackets, such as <<my title>>.", "title|<<", EXACT,
         lambda rng, _: {}),
     "combination:two_responses": Kind(
@@ -568,8 +575,8 @@ def to_tasks(rows, what):
             prompt, kinds = row["prompt"], row["instruction_id_list"]
             kwargs = [{k: v for k, v in (given or {}).items() if v is not None}
                       for given in row["kwargs"]]
-            if not (isinstance(kinds, list) and kinds and prompt.strip()
-                    and len(kinds) == len(kwargs)):
+            if not (isinstance(kinds, list) and kinds and isinstance(prompt, str)
+                    and prompt.strip() and len(kinds) == len(kwargs)):
                 raise ValueError("a prompt, and as many kwargs as instruction ids, are needed")
             constraints = list(zip(kinds, kwargs))
             for _, given in constraints:
@@ -589,15 +596,15 @@ def check_values(kwargs):
     """Raises ValueError at a keyword argument of another type than IFEval's."""
     for name, value in kwargs.items():
         if name in ("keywords", "forbidden_words"):
-            good = isinstance(value, list) and all(isinstance(x, str) and x for x in value)
+            good = isinstance(value, list) and all(isinstance(x, str) and x.strip() for x in value)
         elif name.endswith("relation"):
             good = value in ("less than", "at least")
         elif re.match("num_|nth_|(let_|capital_)?frequency", name):
-            good = isinstance(value, int) and value >= (name == "nth_paragraph")
+            good = type(value) is int and value >= (name == "nth_paragraph")
         else:
             good = isinstance(value, str) and bool(value.strip())
         if not good:
-            raise ValueError(f"{name} cannot be {value!r}")
+            raise ValueError(f"{name} cannot be {value!r:.100}")
 
 
 # Which types exclude which [code: IFEval's instructions_registry], then ours.
@@ -792,11 +799,18 @@ def parse_rating(text):
     return found[-1] if found else 0
 
 
+def quoted(text):
+    """A request or answer as the judge's prompt has it: nothing in it spells a tag of that prompt,
+    or reads as a rating."""
+    text = re.sub(r"<(?=[^a-z<]*(?:answer|request))", "[", text, flags=re.I)
+    return re.sub(r"\[(?=\[)", "[ ", text)
+
+
 def ratings(judge, tok, pairs, cfg):
-    """[(request, answer)] -> what the judge says of their fluency, greedily. Nothing in them reads
-    as a rating; what does not fit the judge's context is rated 0."""
-    prompts = encode_questions(tok, [FLUENCY.format(
-        request=q.replace("[[", "[ ["), answer=a.replace("[[", "[ [")) for q, a in pairs])
+    """[(request, answer)] -> what the judge says of their fluency, greedily. What does not fit the
+    judge's context is rated 0."""
+    prompts = encode_questions(tok, [FLUENCY.format(request=quoted(q), answer=quoted(a))
+                                     for q, a in pairs])
     room = getattr(judge.config, "max_position_embeddings", math.inf) - VERDICT
     fits = [i for i, p in enumerate(prompts) if len(p) <= room]
     drawn = sample(judge, tok, [prompts[i] for i in fits], 1, VERDICT, 0)
@@ -1213,8 +1227,9 @@ def load_data(cfg):
         return None, [tiny_task(rng, 1 + n % 5, True) for n in range(TINY_HELD_OUT)]
     names = {"dolly": "databricks/databricks-dolly-15k", "ifeval": "google/IFEval"}
     held_out = to_tasks(read_rows(names.get(cfg.eval_dataset, cfg.eval_dataset), "test",
-                                  "--eval_dataset"), f"--eval_dataset {cfg.eval_dataset}")
-    rows = read_rows(names.get(cfg.dataset, cfg.dataset), "train", "--dataset")
+                                  "--eval_dataset", ("tiny", "ifeval")),
+                        f"--eval_dataset {cfg.eval_dataset}")
+    rows = read_rows(names.get(cfg.dataset, cfg.dataset), "train", "--dataset", ("tiny", "dolly"))
     what, asked = f"--dataset {cfg.dataset}", {t.question for t in held_out}
     if "instruction_id_list" in rows[0]:
         seeds = [t for t in to_tasks(rows, what) if t.question not in asked]
@@ -1223,7 +1238,7 @@ def load_data(cfg):
         column = next((have[c] for c in SEED_COLUMNS if c in have), None)
         if column is None:
             fail(f"{what}: no instruction column; it needs one of {SEED_COLUMNS}, but has "
-                 f"{tuple(rows[0])}")
+                 f"{tuple(rows[0])[:20]}")
         if not all(isinstance(r[column], str | None) for r in rows):
             fail(f"{what}: the column {column} holds something else than text")
         seeds = {r[column].strip() for r in rows if r[column] and not r.get("context")}

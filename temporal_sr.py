@@ -343,6 +343,7 @@ def form_base(ift, eft):
 
 
 # Data of real models (D9).
+BUILT_IN = ("tiny", "ultrafeedback")
 COLUMNS = {"prompt": ("prompt", "instruction", "question"),
            "response": ("response", "output", "completion", "answer"),
            "judgement": ("judgement", "judgment")}
@@ -356,7 +357,7 @@ def columns(rows, what, names):
     for name, column in found.items():
         if column is None:
             fail(f"{what}: no {name} column; it needs one of {COLUMNS[name]}, but has "
-                 f"{tuple(rows[0])}")
+                 f"{tuple(rows[0])[:20]}")
     texts = [tuple("" if row.get(c) is None else row[c] for c in found.values()) for row in rows]
     for number, row in enumerate(texts, 1):
         if not all(isinstance(text, str) for text in row):
@@ -420,13 +421,16 @@ def load_data(cfg):
         return form_data()
     eft, what = [], f"--dataset {cfg.dataset}"
     if cfg.dataset == "ultrafeedback":
-        pool, eft = hub_data()
+        try:
+            pool, eft = hub_data()
+        except (KeyError, TypeError, AttributeError, statistics.StatisticsError) as e:
+            fail(f"{what}: rows of OpenAssistant or UltraFeedback are not as they were ({e!r})")
     else:
         needed = ("prompt", "response") if cfg.sft_steps or cfg.method == "spin" else ("prompt",)
-        pool = columns(read_rows(cfg.dataset, "train", "--dataset"), what, needed)
+        pool = columns(read_rows(cfg.dataset, "train", "--dataset", BUILT_IN), what, needed)
     if cfg.eft_dataset:
         what_eft = f"--eft_dataset {cfg.eft_dataset}"
-        rows = columns(read_rows(cfg.eft_dataset, "train", "--eft_dataset"), what_eft, COLUMNS)
+        rows = columns(read_rows(cfg.eft_dataset, "train", "--eft_dataset", ()), what_eft, COLUMNS)
         eft = [row for row in rows if not math.isnan(parse_score(row[2]))]
         print(f"{what_eft}: {len(eft)} of {len(rows)} judgements have a line `Score: n`, n in 0..5")
         if not eft:
@@ -435,7 +439,7 @@ def load_data(cfg):
     pool = [Problem(q, "", a) for q, a in pool.items()]
     random.Random(0).shuffle(pool)  # not cfg.seed: every seed holds out the same rows
     if cfg.eval_dataset:
-        rows = columns(read_rows(cfg.eval_dataset, "test", "--eval_dataset"),
+        rows = columns(read_rows(cfg.eval_dataset, "test", "--eval_dataset", ()),
                        f"--eval_dataset {cfg.eval_dataset}", ("prompt",))
         held_out = [Problem(q, "") for q in dict.fromkeys(q.strip() for q, in rows) if q]
     else:
@@ -475,13 +479,15 @@ FORM_JUDGE = "Judge: {question}\n<response>\n{response}\n</response>"  # the tin
 MARK = r"score[ \t*_`]*[:\uff1a]"
 SCORE = re.compile(  # it begins a line or a sentence, and nothing but markup follows the number
     r"(?:^|[.!?;)][ \t])[ \t>*_#`-]*(?:(?:total|final|overall)[ \t]+)?" + MARK +
-    r"[ \t*_`<(\[]*(\d+(?:\.\d+)?)[ \t*_`>)\]]*(?:points?\b)?[ \t*_`]*\.?[ \t*_`]*$", re.I | re.M)
+    r"[ \t*_`<(\[]*(\d+(?:\.\d+)?)[ \t*_`>)\]]*(?:points?\b[ \t*_`]*)?(?:\.[ \t*_`]*)?$",
+    re.I | re.M)
 
 
 def quoted(text):
     """A question or response as it may stand in the judge prompt: nothing in it spells a tag of
     ours, or is what `parse_score` reads, so that a judge that repeats it gives no verdict."""
-    text = re.sub(r"<(?=[\W_]*response)", "[", text, flags=re.I)
+    text = re.sub(r"(?<![\W_])[\W_]+(?=response)", lambda m: m[0].replace("<", "["), text,
+                  flags=re.I)
     return re.sub(MARK, lambda m: m[0][:-1] + " -", text, flags=re.I)
 
 

@@ -448,10 +448,10 @@ def test_no_answer_is_executed(tmp_path):
     proof = tmp_path / "hostile"
     payloads = [f"__import__('os').system('touch {proof}')", "hostile.__class__"]
     wrapped = [
-        "{}", "({})", "\\frac{{{}}}{{1}}", "\\text{{{}}}", "\\operatorname{{{}}}(1)",
-        "x_{{{}}}", "[{}]", "\\{{{}\\}}", "\\mathrm{{{}}}", "\\boxed{{{}}}", "f({})", "1+{}",
-        "3+(4{})", "$\\({}\\)$", "\\begin{{pmatrix}}{}\\end{{pmatrix}}", "answer: ({})", "{}=(1)", "\\sqrt{{{}}}",
-        "\\int {} dx", "{}^{{2}}", "\\left|{}\\right|", "\\log_{{{}}}(2)"]
+        "{}", "({})", "\\frac{{{}}}{{1}}", "\\text{{{}}}", "\\operatorname{{{}}}(1)", "x_{{{}}}",
+        "[{}]", "\\{{{}\\}}", "\\mathrm{{{}}}", "\\boxed{{{}}}", "f({})", "1+{}", "3+(4{})",
+        "$\\({}\\)$", "\\begin{{pmatrix}}{}\\end{{pmatrix}}", "answer: ({})", "{}=(1)",
+        "\\sqrt{{{}}}", "\\int {} dx", "{}^{{2}}", "\\left|{}\\right|", "\\log_{{{}}}(2)"]
     source = inspect.getsource(common.check_answers)
     told = 'print("ready", file=answers, flush=True)'
     assert source.count(told) == 1

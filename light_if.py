@@ -380,8 +380,7 @@ def bullets(text):
 def has_title(text):
     """Something between the first `<<` and the last `>>` of a line."""
     ends = [(line, line.find("<<"), line.rfind(">>")) for line in text.split("\n")]
-    return any(line[a:b + 2].lstrip("<").rstrip(">").strip() for line, a, b in ends
-               if 0 <= a < b - 2)
+    return any(line[a:b + 2].lstrip("<").rstrip(">").strip() for line, a, b in ends if 0 <= a < b)
 
 
 def is_json(text):

@@ -9,10 +9,12 @@ SHAPES  B prompts, G responses each, N = B*G rows, L columns (prompt + response)
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import inspect
@@ -36,6 +38,7 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from fnmatch import fnmatch
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 
 import huggingface_hub
@@ -187,6 +190,8 @@ def parse_config(cls, script, doc, tiny, methods, argv=None, dataset="gsm8k"):
                  "warmup_steps", "seed"):
         if getattr(cfg, name) < 0:
             fail(f"--{name} {getattr(cfg, name)}: must not be negative")
+    if cfg.seed >= 2**63:
+        fail(f"--seed {cfg.seed}: must be below 2^63")
     return cfg
 
 
@@ -195,16 +200,17 @@ def saved_config(cls, script, typed, flag):
     what = f"--{flag} {typed[flag]}"
     try:
         saved = json.loads((Path(typed[flag]) / "config.json").read_text())
-        known = {k: v for k, v in saved["config"].items() if k in cls.__dataclass_fields__}
+        known = {k: v for k, v in saved["config"].items()
+                 if k in cls.__dataclass_fields__ and v is not None}
         made_by = saved["script"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         fail(f"{what}: no config.json of a run in it ({e}); name a run folder")
     if made_by != script:
         fail(f"{what}: was made by {made_by}.py, not by {script}.py")
     parser = Parser(cls)  # a folder may be from anywhere
     parser.error = lambda message: fail(f"{what}: in its config.json, {message}")
-    checked = parser.parse_args([f"--{k}={v}" for k, v in known.items() if v is not None])
-    return known | {k: v for k, v in vars(checked).items() if known.get(k) is not None}
+    checked = vars(parser.parse_args([f"--{k}={v}" for k, v in known.items()]))
+    return {k: checked[k] for k in known}
 
 
 def seed_everything(cfg):
@@ -1392,7 +1398,8 @@ def same_latex(truth, given):
 def answer_checker(pid):
     """Starts `check_answers` as a process that ends with this one, whose id is `pid`; Ctrl-C, which
     reaches all of a terminal's session, is left to this one."""
-    code = f"{inspect.getsource(check_answers)}\ncheck_answers({CHECK_SECONDS}, {CHECK_MEMORY})"
+    code = (f"import sys\nsys.path[:] = {sys.path!r}\n"  # not the folder that it is started in
+            f"{inspect.getsource(check_answers)}\ncheck_answers({CHECK_SECONDS}, {CHECK_MEMORY})")
     checker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                start_new_session=True)
@@ -1534,8 +1541,9 @@ def save_folder(folder, write, keep_old=False):
 
 def save_once(folder, write):
     """`save_folder` for what several processes may make at the same time: the first one's stays."""
-    own = Path(folder).with_name(f"{Path(folder).name}.{os.getpid()}")
-    save_folder(own, write)
+    own = Path(folder).with_name(f"{Path(folder).name}.{os.getpid()}.new")
+    with writing(own.parent):
+        save_folder(own, write)
     try:
         own.rename(folder)
     except OSError:
@@ -1555,6 +1563,7 @@ def save_figure(fig, path):
     with writing(path.parent):
         save_file_whole(path, lambda to: fig.savefig(to, dpi=110, format="png"))
     sys.modules["matplotlib.pyplot"].close(fig)
+    gc.collect()  # a figure has megabytes of cycles, which Python leaves lying for long
 
 
 def flush(path):
@@ -1580,8 +1589,36 @@ def writing(folder):
     """Turns a failed write in `folder` into one line that says what is left."""
     try:
         yield
-    except (OSError, SafetensorError) as e:
+    except Exception as e:  # tokenizers and safetensors have errors of their own
+        if not isinstance(e, OSError) and "os error" not in str(e):
+            raise
         fail(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or e}); {Run.left()}")
+
+
+def append_rows(path, rows):
+    """Adds rows to a file, one line of JSON each."""
+    with writing(path.parent), open(path, "a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def kept_rows(path, **columns):
+    """The rows of a file that `append_rows` made, each a dict with these columns of these types;
+    none if there is no file. A last line that was cut off is taken away."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows, whole = [], [line for line in lines if line.endswith(b"\n")]
+    for number, line in enumerate(whole, 1):
+        try:
+            rows.append(json.loads(line))
+            good = all(isinstance(rows[-1][name], kind) for name, kind in columns.items())
+        except (ValueError, KeyError, TypeError, RecursionError):
+            good = False
+        if not good:
+            fail(f"{path}: line {number} is not what this script wrote; delete the file, and it is "
+                 "made anew")
+    if len(whole) < len(lines):
+        with writing(path.parent):
+            save_file_whole(path, lambda to: to.write_bytes(b"".join(whole)))
+    return rows
 
 
 SAMPLING_METRICS = {  # what `sampling_statistics` tells, and the script's policy/mismatch
@@ -1610,7 +1647,7 @@ def sampling_statistics(samples, right, group, tokens):
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STAGE_SECONDS = 600  # of training between two checkpoints inside a stage, see `stage` [ours]
 
 
@@ -1628,7 +1665,8 @@ class Run:
         self.cfg, self.script, self.metrics, self.curves = cfg, script, metrics, curves
         self.folder, self.started = Path(cfg.out), time.perf_counter()
         self.end = cfg.steps  # a script of several stages sets the end of each
-        self.step, self.training, self.stopping, self.good = 0, False, None, set()
+        self.step, self.training, self.stopping = 0, False, None
+        self.good, self.handlers = set(), {}  # verified checkpoints; whom signals went to before
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.hold()
@@ -1639,16 +1677,18 @@ class Run:
             if not cfg.resume and {p.name for p in self.folder.iterdir()} - started:
                 fail(f"--out {self.folder} is not empty; choose another --out")
             for path in self.folder.glob("*.new"):  # half-written, when it was killed
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             (self.folder / "config.json.new").touch()
             (self.folder / "config.json.new").unlink()
         except OSError as e:
-            fail(f"--out {self.folder}: cannot be written ({e.strerror})")
+            fail(f"--out {self.folder}: cannot be written ({e.strerror or e})")
+        if any((self.folder / log).is_symlink() for log in LOGS):
+            fail(f"--out {self.folder}: one of {LOGS} is a link to another file")
         Run.current = self
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background has it
-                    signal.signal(number, self.ask_to_stop)
+                    self.handlers[number] = signal.signal(number, self.ask_to_stop)
         shown = {k: v for k, v in asdict(cfg).items() if v not in ("", None, False)}
         print(f"{script}: " + " ".join(f"{k}={v}" for k, v in shown.items()))
 
@@ -1677,6 +1717,7 @@ class Run:
     def stop(self, number):
         """Ends the program as the shell knows it of this signal, and says how to go on."""
         print(f"\nstopped by {signal.Signals(number).name}; {Run.left()}", file=sys.stderr)
+        self.close()
         raise SystemExit(128 + number)
 
     @staticmethod
@@ -1688,10 +1729,11 @@ class Run:
         if not (run.folder / "config.json").exists():
             return "nothing is lost yet: give the same command again"
         where = "no checkpoint was written yet"
-        for name in ("checkpoint", "checkpoint.stage"):  # the second is the newer one
-            about = run.folder / name / "about.json"
-            if about.exists():
-                where = f"the last good checkpoint is of {json.loads(about.read_text())['of']}"
+        # the newer, the later
+        for name in ("checkpoint/before", "checkpoint.old", "checkpoint", "checkpoint.stage"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                about = json.loads((run.folder / name / "about.json").read_text())
+                where = f"the last good checkpoint is of {about['of']}"
         return (f"{where}; go on with: python {run.script}.py --resume "
                 f"{shlex.quote(str(run.folder))}")
 
@@ -1718,12 +1760,7 @@ class Run:
             if not math.isfinite(value):
                 fail(f"step {step}: {name} is {value}; {Run.left()}")
         row = {"step": step, **{k: float(v) for k, v in values.items()}}
-        self.append("metrics.jsonl", [row])
-
-    def append(self, name, rows):
-        """Adds rows to a log, one line of JSON each."""
-        with writing(self.folder), open(self.folder / name, "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+        append_rows(self.folder / "metrics.jsonl", [row])
 
     def report(self, step, result):
         """One line of an evaluation; of the numbers per level only the accuracies."""
@@ -1781,10 +1818,13 @@ class Run:
         if extra := self.load(model, opt):
             logs, state = extra["logs"], extra["state"]
             self.started -= state["seconds"]
+        elif 0 < self.cfg.save_every < (steps := len(kept_rows(self.folder / LOGS[0])) - 1):
+            fail(f"--resume {self.folder}: it has made {steps} steps, but has no checkpoint/ any "
+                 "more; nothing was touched; bring it back, or start anew with another --out")
         with writing(self.folder):
-            for name, size in logs.items():
+            for name in LOGS:
                 if (self.folder / name).exists():
-                    os.truncate(self.folder / name, size)
+                    os.truncate(self.folder / name, logs[name])
         where = f"after step {state['step']}" if state else "at the start (no checkpoint yet)"
         print(f"resuming {self.folder} {where}")
         return state
@@ -1809,7 +1849,8 @@ class Run:
             if opt:
                 opt.load_state_dict(extra["optimizer"])
             rng_state(extra["rng"])
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError,
+                SafetensorError) as e:
             fail(f"{folder}: is not a checkpoint of this run ({type(e).__name__}: {e})")
         return extra
 
@@ -1830,14 +1871,16 @@ class Run:
             fail(f"--resume {self.folder}: {told}, and there is no other; start anew with --out")
         if told:
             print(f"{self.folder}: {told}; going on from what was before it")
+        if found == folder / "before":
+            shutil.rmtree(old, ignore_errors=True)
+            found.rename(old)
         if found and found != folder:
-            if found != old:
-                shutil.rmtree(old, ignore_errors=True)
-                found.rename(old)
             shutil.rmtree(folder, ignore_errors=True)
             old.rename(folder)
         if found:
             self.good.add(name)
+            if old.is_dir():  # it was killed before the last of the renames
+                old.rename(folder / "before")
         return found and folder
 
     def damage(self, folder):
@@ -1847,8 +1890,9 @@ class Run:
             for name in ("state.pt", "weights.safetensors"):
                 if sha256_of(folder / name) != known[name]:
                     return f"{name} is not what was written"
-            for name, size in read_state(folder, mmap=True)["logs"].items():
-                if (self.folder / name).stat().st_size < size:
+            logs = read_state(folder, mmap=True)["logs"]
+            for name in LOGS:
+                if (self.folder / name).stat().st_size < logs[name]:
                     return f"{name} has lost rows since"
         except OSError as e:
             return f"{Path(e.filename or folder).name}: {e.strerror}"
@@ -1933,7 +1977,7 @@ class Run:
             values = values | {f"eval/{k}": v for k, v in state["after"].items()}
             self.report(step, state["after"])
         self.log(step, **values)
-        self.append("samples.jsonl", [{"step": step, **row} for row in samples])
+        append_rows(self.folder / "samples.jsonl", [{"step": step, **row} for row in samples])
         due = bool(cfg.save_every) and step % cfg.save_every == 0
         self.checkpoint(last or due, model, opt, state)
         if due and not last:  # `finish` draws the last one
@@ -1947,21 +1991,28 @@ class Run:
         import matplotlib.pyplot as plt
 
         plt.rcParams["text.parse_math"] = False  # a level may have a $ in it
-        rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
-        logged = sorted({k for r in rows for k in r})
+        metrics = self.folder / "metrics.jsonl"  # read twice: all its rows would take much memory
+        logged = sorted({k for line in open(metrics) for k in json.loads(line)})
         panels = {title: [k for pattern in names for k in logged if fnmatch(k, pattern)]
                   for title, names in self.curves.items()}
         panels = {title: names for title, names in panels.items() if names}
+        points = {name: ([], []) for names in panels.values() for name in names}
+        for row in map(json.loads, open(metrics)):
+            for name in points.keys() & row.keys():
+                points[name][0].append(row["step"])
+                points[name][1].append(row[name])
         fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
         for ax, (title, names) in zip(axes[0], panels.items()):
             for name in names:
-                x, y = zip(*[(r["step"], r[name]) for r in rows if name in r])
+                x, y = points[name]
                 label = name.split("/", 1)[1].removeprefix("accuracy/")
                 if name.startswith("eval/"):
                     ax.plot(x, y, marker="o", ms=3, label=label)
                     continue
-                recent = [y[max(0, i - len(y) // 20):i + 1] for i in range(len(y))]
-                line, = ax.plot(x, [sum(r) / len(r) for r in recent], lw=2, label=label)
+                first = [max(0, i - len(y) // 20) for i in range(len(y))]
+                total = [0, *accumulate(y)]
+                recent = [(total[i + 1] - total[n]) / (i + 1 - n) for i, n in enumerate(first)]
+                line, = ax.plot(x, recent, lw=2, label=label)
                 ax.plot(x, y, lw=0.5, alpha=0.4, color=line.get_color())
             ax.set(title=title, xlabel="step")
             ax.xaxis.get_major_locator().set_params(integer=True)
@@ -2001,9 +2052,8 @@ class Run:
         """Gives the folder and the signals back."""
         os.close(Run.lock)
         Run.current = Run.lock = None
-        for number, usual in SIGNALS.items():
-            if signal.getsignal(number) == self.ask_to_stop:
-                signal.signal(number, usual)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 def stage(name, model, opt, steps, found):
@@ -2014,12 +2064,22 @@ def stage(name, model, opt, steps, found):
 
 
 def read_state(folder, mmap):
-    """A checkpoint's state.pt. Ends the program where loading it could run code."""
+    """A checkpoint's state.pt. Ends the program where it is somebody else's, and above all where
+    loading it could run code."""
     try:
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        fail(f"{folder}/state.pt: holds more than numbers and texts, and could run code if it were "
-             "loaded: not a checkpoint of these scripts")
+        extra = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=mmap)
+        state, kinds = extra["state"], {"step": int, "seconds": float}
+        if "found" not in state:  # not of a stage
+            kinds |= {"position": int, "tokens": int, "before": dict}
+        if (all(isinstance(state[k], kind) for k, kind in kinds.items())
+                and all(isinstance(extra["logs"][log], int) for log in LOGS)):
+            return extra
+        what = "has other contents"
+    except pickle.UnpicklingError:
+        what = "holds more than numbers and texts, and could run code if it were loaded"
+    except (LookupError, TypeError, RuntimeError, EOFError) as e:
+        what = f"has other contents ({type(e).__name__}: {e})"
+    fail(f"{folder}/state.pt {what}: not a checkpoint of these scripts")
 
 
 def trained(model):

@@ -61,7 +61,6 @@ RUN     python gcpo.py                               # tiny model, CPU, offline,
         python gcpo.py --model Qwen2.5-7B --lora     # LoRA adapters
 """
 
-import json
 import random
 import re
 from dataclasses import dataclass, replace
@@ -76,6 +75,7 @@ import common
 from common import (
     MasterAdamW,
     Run,
+    append_rows,
     arg,
     as_samples,
     batch_logps,
@@ -85,6 +85,7 @@ from common import (
     extract_answer,
     fail,
     frozen_reference,
+    kept_rows,
     load_model,
     micro_batches,
     parse_config,
@@ -294,24 +295,11 @@ def in_form(text, problem, instruction, thinking):
     return text
 
 
-def golden_row(line, what):
-    """A line of golden.jsonl -> a dict"""
-    try:
-        row = json.loads(line)
-        if all(isinstance(row[k], str) for k in ("model", "question", "answer", "text")):
-            return row
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    fail(f"{what} is not what this script wrote; delete it, and it is made anew")
-
-
 def written_by_model(problems, cfg, run, instruction):
     """Solutions sampled from the model named by --golden, only verified ones, for the problems
     that this run can meet; kept in golden.jsonl as they come, so that nothing is written twice."""
     cache = run.folder / "golden.jsonl"
-    lines = cache.read_bytes().splitlines(keepends=True) if cache.exists() else []
-    rows = [golden_row(line, f"{cache}: line {number}") for number, line in enumerate(lines, 1)
-            if line.endswith(b"\n")]  # the last may be cut off
+    rows = kept_rows(cache, model=str, question=str, answer=str, text=str)
     texts = {(r["question"], r["answer"]): r["text"] for r in rows if r["model"] == cfg.golden}
     n = len(problems) if cfg.dynamic_sampling else min(len(problems), cfg.steps * cfg.prompts)
     met = list(islice(problem_stream(problems, 0, cfg.seed), n))
@@ -320,24 +308,21 @@ def written_by_model(problems, cfg, run, instruction):
     if not todo:
         return texts
     teacher, teacher_tok = load_model(cfg.golden, cfg, flag="--golden")
-    with open(cache, "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in rows)
-        for part in tqdm(todo, desc=f"golden answers by {cfg.golden}", disable=None):
-            own = encode_prompts([replace(p) for p in part], teacher, teacher_tok, instruction,
-                                 cfg.max_new_tokens, f"--golden {cfg.golden}")
-            seed = f"{cfg.seed}/{part[0].question}"  # the same after a restart
-            generator = torch.Generator(cfg.device).manual_seed(random.Random(seed).getrandbits(48))
-            found = sample(teacher, teacher_tok, [p.prompt for p in own], GOLDEN_TRIES,
-                           cfg.max_new_tokens, cfg.temperature, generator)
-            right = [s.text if s.finished and correct(s.text, own[i // GOLDEN_TRIES]) else ""
-                     for i, s in enumerate(found)]
-            best = {(p.question, p.answer): max(right[i * GOLDEN_TRIES:(i + 1) * GOLDEN_TRIES],
-                                                key=bool) for i, p in enumerate(own)}
-            for p in part:
-                texts[p.question, p.answer] = best.get((p.question, p.answer), "")
-                f.write(json.dumps({"model": cfg.golden, "question": p.question, "answer": p.answer,
-                                    "text": texts[p.question, p.answer]}) + "\n")
-            f.flush()
+    for part in tqdm(todo, desc=f"golden answers by {cfg.golden}", disable=None):
+        own = encode_prompts([replace(p) for p in part], teacher, teacher_tok, instruction,
+                             cfg.max_new_tokens, f"--golden {cfg.golden}")
+        seed = f"{cfg.seed}/{part[0].question}"  # the same after a restart
+        generator = torch.Generator(cfg.device).manual_seed(random.Random(seed).getrandbits(48))
+        found = sample(teacher, teacher_tok, [p.prompt for p in own], GOLDEN_TRIES,
+                       cfg.max_new_tokens, cfg.temperature, generator)
+        right = [s.text if s.finished and correct(s.text, own[i // GOLDEN_TRIES]) else ""
+                 for i, s in enumerate(found)]
+        best = {(p.question, p.answer): max(right[i * GOLDEN_TRIES:(i + 1) * GOLDEN_TRIES],
+                                            key=bool) for i, p in enumerate(own)}
+        new = {(p.question, p.answer): best.get((p.question, p.answer), "") for p in part}
+        append_rows(cache, [{"model": cfg.golden, "question": question, "answer": answer,
+                             "text": text} for (question, answer), text in new.items()])
+        texts |= new
     return texts
 
 

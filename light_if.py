@@ -102,6 +102,7 @@ from common import (
     MasterAdamW,
     Problem,
     Run,
+    append_rows,
     arg,
     as_samples,
     batch_logps,
@@ -111,6 +112,7 @@ from common import (
     encode_questions,
     fail,
     frozen_reference,
+    kept_rows,
     load_model,
     micro_batches,
     parse_config,
@@ -1341,7 +1343,8 @@ def extract(model, tasks, cfg, done):
     told = ", ".join(f"{sum(n)} {name}" for name, *n in zip(names, *(p["counts"] for p in done)))
     print(f"cold start: {found} examples ({told})")
     if not found:
-        fail(f"no response is fit for the cold start ({told}); --sft none goes on without one")
+        fail(f"no response is fit for the cold start ({told}); a new run with --sft none goes on "
+             "without one")
 
 
 def product(run, name, make):
@@ -1349,22 +1352,16 @@ def product(run, name, make):
     piece, without those in the list `done`; name.part keeps them as they come."""
     path, part = run.folder / f"{name}.jsonl", run.folder / f"{name}.part"
     if not path.exists():
-        lines = part.read_text().splitlines(keepends=True) if part.exists() else []
-        done = [json.loads(x) for x in lines if x.endswith("\n")]  # the last may be cut off
-        with writing(run.folder):
-            save_file_whole(part, lambda to: to.write_text("".join(lines[:len(done)])))
+        done = kept_rows(part, rows=list)
         for piece in make(done):
-            run.append(part.name, [piece])
+            append_rows(part, [piece])
             done.append(piece)
         rows = [json.dumps(row) + "\n" for piece in done for row in piece["rows"]]
         with writing(run.folder):
             save_file_whole(path, lambda to: to.write_text("".join(rows)))
             part.unlink()
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        assert rows and all(isinstance(r["response" if name == "cold_start" else "prompt"], str)
-                            for r in rows)
-    except (ValueError, KeyError, TypeError, AssertionError):
+    rows = kept_rows(path, **{"response" if name == "cold_start" else "prompt": str})
+    if not rows:
         fail(f"{path}: is not what this script wrote; delete it, and it is made anew")
     return rows
 
@@ -1556,7 +1553,7 @@ def take_over(run):
     if from_zero or sft and first > 2:
         same.append("zero_rl")
     for name in same:
-        value = known[name] if known[name] is not None else METHODS[known["method"]].get(name)
+        value = known.get(name, METHODS[known["method"]].get(name))
         if value != getattr(cfg, name):
             fail(f"--products {cfg.products}: was made with --{name} {value}, not "
                  f"{getattr(cfg, name)}")
@@ -1565,10 +1562,12 @@ def take_over(run):
         if not source.exists():
             fail(f"--products {cfg.products}: has no {source.name}, which --stage {cfg.stage} "
                  "needs")
+    run.open()
     for source in sources:
         to = run.folder / source.name
         if not to.exists() and source.is_file():
-            shutil.copyfile(source, to)
+            with writing(run.folder):
+                save_file_whole(to, partial(shutil.copyfile, source))
         elif not to.exists():
             to.symlink_to(source, target_is_directory=True)
     return ["zero_easy", "zero_hard"] * (first > 1) + ["sft"] * (first > 3)

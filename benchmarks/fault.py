@@ -30,12 +30,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLAGS = {
     "gcpo": "--prompts 4 --group 3 --max_new_tokens 48 --eval_size 10 --lr 1e-3 --warmup_steps 0 "
-            "--steps 6 --save_every 2 --eval_every 2",
+            "--steps 6 --save_every 2 --eval_every 2 --golden tiny",
     "laser": "--prompts 8 --group 4 --max_new_tokens 48 --eval_size 20 --eval_samples 2 --lr 1e-3 "
              "--steps 4 --save_every 1 --eval_every 2 --beta_v .2 --std_threshold .01 "
              "--reasoning_warmup_steps 1 --self_rewarding_warmup_steps 1",
     "carft": "--prompts 8 --max_new_tokens 48 --eval_size 20 --steps 4 --save_every 1 "
-             "--eval_every 2 --head_only_steps 1 --sft_epochs 1",
+             "--eval_every 2 --head_only_steps 1 --sft_epochs 1 --lora",
     "temporal_sr": "--prompts 8 --group 3 --batch 4 --sft_steps 6 --max_new_tokens 32 --steps 2 "
                    "--eval_size 4 --eval_samples 2 --save_every 1 --lr 1e-3",
     "light_if": "--pool 40 --pass_samples 4 --prompts 4 --group 4 --zero_steps 2 --steps 2 "
@@ -50,6 +50,7 @@ PLACES = {
     "resume": ("Run.restore",), "part of an iteration": ("part", "Models.learn"),
     "SFT": ("warm_up", "supervise", "keep_sft"),
     "between stages": ("begin", "leave", "product"), "set-up": ("set_up", "load_data"),
+    "golden answers": ("golden_answers",),
 }
 
 
@@ -66,9 +67,9 @@ def shorten(name, script, common):
     def hat(text):
         return hashlib.md5(text.encode()).digest()[0] % 5 + 1.0
 
-    if name == "laser":
+    if name in ("gcpo", "laser"):
         script.correct = lambda text, problem: text[-1:] in tuple("02468")
-        script.PAIRS = 24
+        script.PAIRS = 24  # of laser's calibration
     if name == "carft":
         script.answer_of = lambda text, problem: (text[-1:] in tuple("02468"), True)
     if name == "temporal_sr":

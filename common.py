@@ -1667,14 +1667,17 @@ class Run:
         self.end = cfg.steps  # a script of several stages sets the end of each
         self.step, self.training, self.stopping = 0, False, None
         self.good, self.handlers = set(), {}  # verified checkpoints; whom signals went to before
+        if Run.current:  # it did not get to its end
+            Run.current.close()
+        Run.current = self
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.hold()
             if not cfg.resume and (self.folder / "config.json").exists():
                 fail(f"--out {self.folder} holds a run: go on with --resume {self.folder}, or "
                      "choose another --out")
-            started = {"golden.jsonl", "config.json.new"}  # a run that was killed at once
-            if not cfg.resume and {p.name for p in self.folder.iterdir()} - started:
+            names = {p.name.removesuffix(".new") for p in self.folder.iterdir()}
+            if not cfg.resume and names - {"golden.jsonl", "config.json"}:  # killed at once
                 fail(f"--out {self.folder} is not empty; choose another --out")
             for path in self.folder.glob("*.new"):  # half-written, when it was killed
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -1684,7 +1687,6 @@ class Run:
             fail(f"--out {self.folder}: cannot be written ({e.strerror or e})")
         if any((self.folder / log).is_symlink() for log in LOGS):
             fail(f"--out {self.folder}: one of {LOGS} is a link to another file")
-        Run.current = self
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # a job in the background has it
@@ -1694,8 +1696,6 @@ class Run:
 
     def hold(self):
         """Keeps other processes out of the folder until this one ends, however it ends."""
-        if Run.lock is not None:
-            os.close(Run.lock)
         Run.lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2050,7 +2050,8 @@ class Run:
 
     def close(self):
         """Gives the folder and the signals back."""
-        os.close(Run.lock)
+        if Run.lock is not None:
+            os.close(Run.lock)
         Run.current = Run.lock = None
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

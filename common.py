@@ -896,6 +896,13 @@ def as_samples(tok, prompts, texts):
     return [Sample(tuple(p), ids, text, True) for p, ids, text in zip(prompts, tokens, texts)]
 
 
+def generator_of(cfg, *names):
+    """A generator for a part of a run that these names tell from all others, so that a resumed run,
+    and one that has other parts, draws the same."""
+    key = hashlib.sha256("/".join(map(str, (cfg.seed, *names))).encode()).digest()
+    return torch.Generator(cfg.device).manual_seed(int.from_bytes(key[:6], "big"))
+
+
 @torch.inference_mode()
 def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=None, read=None,
            rows=256):

@@ -85,6 +85,7 @@ from common import (
     extract_answer,
     fail,
     frozen_reference,
+    generator_of,
     kept_rows,
     load_model,
     micro_batches,
@@ -311,10 +312,8 @@ def written_by_model(problems, cfg, run, instruction):
     for part in tqdm(todo, desc=f"golden answers by {cfg.golden}", disable=None):
         own = encode_prompts([replace(p) for p in part], teacher, teacher_tok, instruction,
                              cfg.max_new_tokens, f"--golden {cfg.golden}")
-        seed = f"{cfg.seed}/{part[0].question}"  # the same after a restart
-        generator = torch.Generator(cfg.device).manual_seed(random.Random(seed).getrandbits(48))
         found = sample(teacher, teacher_tok, [p.prompt for p in own], GOLDEN_TRIES,
-                       cfg.max_new_tokens, cfg.temperature, generator)
+                       cfg.max_new_tokens, cfg.temperature, generator_of(cfg, part[0].question))
         right = [s.text if s.finished and correct(s.text, own[i // GOLDEN_TRIES]) else ""
                  for i, s in enumerate(found)]
         best = {(p.question, p.answer): max(right[i * GOLDEN_TRIES:(i + 1) * GOLDEN_TRIES],

@@ -112,6 +112,7 @@ from common import (
     encode_questions,
     fail,
     frozen_reference,
+    generator_of,
     kept_rows,
     load_model,
     micro_batches,
@@ -1283,12 +1284,6 @@ def make_prompts(policy, tok, seeds, cfg, done):
             t.dense = statistics.fmean(map(sum, found))
             t.hardness = hardness(t.pass_rate, t.dense)
         yield {"rows": [t.row() for t in piece]}
-
-
-def generator_of(cfg, *names):
-    """A generator for a piece of a stage, so that a resumed run draws the same."""
-    key = "/".join(map(str, (cfg.seed, *names)))
-    return torch.Generator(cfg.device).manual_seed(random.Random(key).getrandbits(48))
 
 
 def hardness(pass_rate, dense):

@@ -71,7 +71,6 @@ RUN     python temporal_sr.py                              # tiny model, CPU, of
         python temporal_sr.py --model Qwen2.5-7B-Instruct --sft_steps 0 --lora
 """
 
-import hashlib
 import inspect
 import math
 import random
@@ -102,6 +101,7 @@ from common import (
     encode_prompts,
     encode_questions,
     fail,
+    generator_of,
     hidden_states,
     keep_sft,
     load_model,
@@ -688,17 +688,11 @@ class Models:
         for name, p in trained(self.policy):
             p.copy_(weights[name])
 
-    def generator(self, *names):
-        """A generator for a part of the run: a resumed run, and a method that has other parts,
-        draw the same."""
-        key = hashlib.sha256("/".join(map(str, (self.cfg.seed, *names))).encode()).digest()
-        return torch.Generator(self.cfg.device).manual_seed(int.from_bytes(key[:6], "big"))
-
     def sample(self, weights, prompts, k, *names):
         """k answers of a snapshot to each prompt"""
         self.load(weights)
         return sample(self.policy, self.tok, [p.prompt for p in prompts], k,
-                      self.cfg.max_new_tokens, self.cfg.temperature, self.generator(*names))
+                      self.cfg.max_new_tokens, self.cfg.temperature, generator_of(self.cfg, *names))
 
     def judged(self, weights, pairs, *names):
         """`judgements` of (question, response) pairs by --judge: a snapshot, or the other model."""
@@ -706,7 +700,7 @@ class Models:
             return self.judged_by(weights, pairs, *names)
         self.policy.to("cpu")
         found = judgements(self.judge[0].to(self.cfg.device), self.judge[1], pairs, self.cfg,
-                           self.generator(*names, "judge"))
+                           generator_of(self.cfg, *names, "judge"))
         self.judge[0].to("cpu")
         self.policy.to(self.cfg.device)
         return found
@@ -714,7 +708,8 @@ class Models:
     def judged_by(self, weights, pairs, *names):
         """The same by a snapshot, whatever --judge is."""
         self.load(weights)
-        return judgements(self.policy, self.tok, pairs, self.cfg, self.generator(*names, "judge"))
+        return judgements(self.policy, self.tok, pairs, self.cfg,
+                          generator_of(self.cfg, *names, "judge"))
 
     def answers(self, source, weights, prompts, where):
         """K answers of a snapshot to every prompt, scored by M_i, `packed`; `where`, the iteration

@@ -30,8 +30,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Drawing takes longer than such a run."""
+    """Drawing takes longer than such a run; in the background a shell ignores SIGINT."""
     monkeypatch.setattr(common.Run, "draw_curves", lambda run: None)
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -397,7 +397,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, four, refused):
     assert "state.pt holds more than numbers" in error and not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["weights", "code", "adapter"])
+@pytest.mark.parametrize("kind", ["weights", "pickle", "code", "adapter"])
 def test_a_model_folder_cannot_run_code(tmp_path, tiny_folder, refused, kind, monkeypatch):
     folder = tmp_path / "model"
     common.shutil.copytree(tiny_folder, folder)
@@ -409,6 +409,9 @@ def test_a_model_folder_cannot_run_code(tmp_path, tiny_folder, refused, kind, mo
         config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil",
                                                       "AutoModelForCausalLM": "evil.Evil"}}
         (folder / "config.json").write_text(json.dumps(config))
+    elif kind == "pickle":  # even a good one is no safetensors file
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
     elif kind == "weights":
         (folder / "model.safetensors").unlink()
         torch.save({"model.embed_tokens.weight": bomb}, folder / "pytorch_model.bin")

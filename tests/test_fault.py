@@ -133,6 +133,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path, monkeypatch, capsys):
                                                        send(signal.SIGTERM)()))
     said = stopped(gcpo.main, [*SMALL, "--steps", 4, "--out", tmp_path / "r"], 143, capsys)
     assert "checkpoint is of step 2" in said
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and common.Run.lock is None
     monkeypatch.undo()
     gcpo.main(["--resume", str(tmp_path / "r")])
     assert text_of(tmp_path / "r") == text_of(tmp_path / "whole")

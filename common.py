@@ -1570,7 +1570,6 @@ def save_figure(fig, path):
     with writing(path.parent):
         save_file_whole(path, lambda to: fig.savefig(to, dpi=110, format="png"))
     sys.modules["matplotlib.pyplot"].close(fig)
-    gc.collect()  # a figure has megabytes of cycles, which Python leaves lying for long
 
 
 def flush(path):
@@ -1989,6 +1988,7 @@ class Run:
         self.checkpoint(last or due, model, opt, state)
         if due and not last:  # `finish` draws the last one
             self.draw_curves()
+            gc.collect()  # a figure has megabytes of cycles, which Python leaves lying for long
 
     def draw_curves(self):
         """curves.png: a panel per entry of `curves`, thin lines as logged, thick ones smoothed."""

@@ -309,10 +309,12 @@ def load_model(name, cfg, lora=False, flag="--model"):
     Dropout is off: log-probabilities must be those of the policy that sampled. `lora` wraps the
     model with peft adapters on every linear layer and checkpoints activations.
     """
-    path, what = resolve_model(name, flag) if name != "tiny" else "", f"{flag} {name}"
+    what = f"{flag} {name}"
     if name == "tiny":
         path = str(tiny_model_folder())
         what = f"{what}, kept in {path} (delete that folder, and it is made anew)"
+    else:
+        path = resolve_model(name, flag)
     if not Path(path).is_dir():
         find_hub()
     dtype = torch.float32 if cfg.device == "cpu" else torch.bfloat16

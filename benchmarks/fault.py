@@ -15,7 +15,6 @@ import hashlib
 import importlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -45,7 +44,7 @@ FLAGS = {
 # What is going on: the functions of the script, or of common.py, that a kill falls into.
 PLACES = {
     "sampling": ("sample",), "evaluation": ("evaluate", "Grader.evaluate"),
-    "update": ("update", "sft_step"), "log": ("Run.append",), "checkpoint": ("Run.save",),
+    "update": ("update", "sft_step"), "log": ("Run.log",), "checkpoint": ("Run.save",),
     "curves": ("Run.draw_curves",), "end": ("Run.finish",), "config": ("Run.open",),
     "resume": ("Run.restore",), "part of an iteration": ("part", "Models.learn"),
     "SFT": ("warm_up", "supervise", "keep_sft"),
@@ -212,10 +211,10 @@ def main():
               f"{n - len(wrong)} identical", flush=True)
         for line in wrong:
             print(f"    {line}")
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT,
-                         capture_output=True, text=True).stdout.strip()
     if len(args.only) == len(FLAGS):
-        result = {"commit": git, "machine": platform.machine(), "seed": args.seed, "scripts": found}
+        from speed import about  # torch is of no use to the one that watches
+
+        result = about() | {"seed": args.seed, "scripts": found}
         path = ROOT / "benchmarks" / "results" / "fault.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(any(x["not identical"] for x in found.values()))

@@ -476,19 +476,26 @@ def test_a_cold_start_that_finds_nothing_says_so(tmp_path, data, llama_folder, r
 
 def test_judge_of_fluency(tmp_path, monkeypatch, full, llama_folder):  # noqa: F811
     """Only what the judge rates 6 or more is kept, on the request and the answer alone."""
-    asked = []
+    asked, drawn = [], []
 
     def rates(judge, tok, prompts, k, n, temperature):
         asked.extend(tok.batch_decode(prompts))
         return [SimpleNamespace(text=f"so [[{5 + i % 2}]]") for i in range(len(prompts))]
 
+    def draws(model, *a):
+        if model.config.model_type == "llama":
+            return rates(model, *a)
+        drawn.extend(found := real(model, *a))
+        return found
+
     real = light_if.sample
-    monkeypatch.setattr(light_if, "sample", lambda model, *a: (
-        rates if model.config.model_type == "llama" else real)(model, *a))
+    monkeypatch.setattr(light_if, "sample", draws)
     run(tmp_path / "r", "--stage", "cold_start", "--products", full, "--judge", llama_folder())
     cold = rows_of(tmp_path / "r", "cold_start")
     assert 0 < len(cold) and len(asked) >= 2 * len(cold) - 1
-    assert all("check" not in a and "<answer>" in a for a in asked)
+    read = [a.split("<answer>\n")[1].split("\n</answer>")[0] for a in asked]
+    said = [light_if.split_thinking(s.text) for s in drawn]
+    assert set(read) <= {light_if.quoted(answer) for _, answer in said if answer}
     answers = {light_if.split_thinking(r["response"])[1] for r in cold}
     assert all(any(x in a for a in asked[1::2]) for x in answers)
 

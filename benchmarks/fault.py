@@ -35,7 +35,7 @@ FLAGS = {
              "--reasoning_warmup_steps 1 --self_rewarding_warmup_steps 1",
     "carft": "--prompts 8 --max_new_tokens 48 --eval_size 20 --steps 4 --save_every 1 "
              "--eval_every 2 --head_only_steps 1 --sft_epochs 1 --lora",
-    "temporal_sr": "--prompts 8 --group 3 --batch 4 --sft_steps 6 --max_new_tokens 64 --steps 2 "
+    "temporal_sr": "--prompts 8 --group 3 --batch 4 --sft_steps 20 --max_new_tokens 64 --steps 2 "
                    "--eval_size 4 --eval_samples 2 --save_every 1 --lr 1e-3",
     "light_if": "--pool 40 --pass_samples 4 --prompts 4 --group 4 --zero_steps 2 --steps 2 "
                 "--cold_start 6 --sft_batch 4 --sft_epochs 1 --max_new_tokens 64 --eval_samples 1 "

@@ -163,7 +163,7 @@ def test_a_signal_that_the_shell_ignores_stays_ignored(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, function, call", [
-    ("carft", "sft_step", 2), ("temporal_sr", "sft_step", 3), ("temporal_sr", "update", 7),
+    ("carft", "sft_step", 2), ("temporal_sr", "sft_step", 3), ("temporal_sr", "update", 22),
     ("temporal_sr", "sample", 9), ("light_if", "update", 3)])
 def test_a_signal_inside_of_a_stage(tmp_path, name, function, call):
     """Stopped in an SFT, in a DPO run or in a part of an iteration it goes on from there."""

@@ -8,7 +8,9 @@ HOW The paper's full step on two to four prompts of the hardly trained tiny mode
     goes the memory (resident set) and the number of open files. The slope is that of least squares
     over the rows of a stage after its first quarter and the run's first tenth: light_if loads
     another model in each of its five stages, the others have one. glibc is told to give freed
-    memory back at once, or some megabytes of slack come and go. Into results/soak.json; exit code 1
+    memory back at once, or some megabytes of slack come and go. The tokenizer's caches (10,000
+    words, 4 MB, per thread of its pool) are filled at the start: the texts of a random model are
+    full of new words, which would fill them over 1,500 steps. Into results/soak.json; exit code 1
     if memory grows by more than BOUND or files stay open.
 """
 
@@ -20,6 +22,7 @@ import json
 import os
 import random
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -48,6 +51,20 @@ def whole(*args):
     for s in found:
         s.finished = True
     return found
+
+
+def filled(load_model):
+    """load_model, which fills the tokenizer's caches, too"""
+    def load(*args, **kwargs):
+        model, tok = load_model(*args, **kwargs)
+        rng = random.Random(0)
+        for _ in range(400):  # little at a time, or it leaves free memory, in which growth hides
+            words = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(100)]
+            tok(words)  # the pool's threads
+            tok(" ".join(words))  # this thread
+        return model, tok
+
+    return load
 
 
 def child(script, steps, folder):
@@ -79,6 +96,7 @@ def child(script, steps, folder):
             f.write(json.dumps(row) + "\n")
 
     common.Run.log = noting
+    common.load_model = module.load_model = filled(common.load_model)
     common.same_answer("(1)", "[2")  # loads math-verify: five megabytes, when an answer needs it
     module.main([*flags, "--steps", str(steps), "--out", f"{folder}/run"])
 

@@ -91,7 +91,10 @@ def watched(place, function, plan, seen):
                 time.sleep(plan["delay"])
                 os.kill(os.getpid(), plan.get("signal", signal.SIGKILL))
 
-            threading.Thread(target=die, daemon=True).start() if plan["delay"] else die()
+            if plan["delay"]:
+                threading.Thread(target=die, daemon=True).start()
+            else:
+                die()
         start = time.perf_counter()
         try:
             return function(*a, **k)

@@ -687,7 +687,7 @@ def defuse(tok, text):
     return text
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(2)  # the policy's and another model's; it keeps a tokenizer in memory
 def special_tokens(tok):
     """What the tokenizer reads as special tokens, longest first; none of one character or blank."""
     found = {t.content for t in tok.added_tokens_decoder.values() if t.special}

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -77,8 +76,25 @@ def hard_only(script):
     pools, script.pools_of = script.pools_of, pools_of
 
 
+def calibrated(script):
+    """laser.py as it is, which leaves the bins of score.png's reliability curve in the folder."""
+    def draw_scores(path, score, right):
+        path.with_name("calibration.json").write_text(
+            json.dumps(script.calibration_bins(score, right)))
+        draw(path, score, right)
+
+    draw, script.draw_scores = script.draw_scores, draw_scores
+
+
+def better_start(script):
+    """In the place of the warmed-up model what gcpo.py, seed 0, made of it: it solves half of the
+    hard problems."""
+    script.common.tiny_model_folder = lambda: run("gcpo", "gcpo", [], 0) / "model"
+
+
 VARIATIONS = {f.__name__.replace("_", " "): f for f in (
-    poor_judge, blind_judge, sgd, rubber_stamp, hard_only)}
+    calibrated, better_start, poor_judge, blind_judge, sgd, rubber_stamp, hard_only)}
+ALL_ROWS = {"laser": "calibrated"}  # a variation of all rows of a script
 OF_TSR = ("poor judge", "blind judge", "sgd")
 # {first}: the folder of the first row, same seed
 ON = ["--eval_every", "0", "--products", "{first}", "--stage"]
@@ -89,11 +105,19 @@ ROWS = {
         "dapo": ["--method", "dapo"],
         "gspo": ["--method", "gspo"],
         "gspo, lr 1e-4": ["--method", "gspo", "--lr", "1e-4"],
+        "grpo, lr 1e-4": ["--method", "grpo", "--lr", "1e-4"],
+        "gcpo, KL": ["--kl_beta", "0.04"],
+        "gcpo, 4 updates": ["--updates", "4"],
+        "gcpo, 4 updates, token ratio": ["--updates", "4", "--ratio", "token",
+                                         "--clip_low", "0.2", "--clip_high", "0.28"],
     },
     "laser": {
         "laser": [],
         "grpo": ["--method", "grpo"],
         "laser, alpha 0.1": ["--alpha", "0.1"],
+        "laser, tau 0": ["--tau", "0"],
+        "laser, better start": [],
+        "grpo, better start": ["--method", "grpo"],
     },
     "carft": {
         "carft": [],
@@ -137,8 +161,7 @@ ROWS = {
 SWITCHES = ("tea off", "no zero_rl", "reward sparse", "sft none", "tea released", "no curriculum",
             "grpo")
 # script: rows or variations that have the first so many seeds only
-FEW_SEEDS = {"temporal_sr": dict.fromkeys(OF_TSR, 3),
-             "light_if": {"hard only": 3, "rubber stamp": 1, **dict.fromkeys(SWITCHES, 1)}}
+FEW_SEEDS = {"temporal_sr": dict.fromkeys(OF_TSR, 3), "light_if": {"rubber stamp": 1}}
 EQUAL_STEPS = ("laser", "carft", "temporal_sr", "light_if")  # no row stops at the first's tokens
 EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
 DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"),
@@ -167,14 +190,11 @@ COLUMNS = {  # of the printed table; the .json has every number
                  "instruction_strict", "checked", "checked of zero_rl", "length", "entropy",
                  "entropy of sft", "accuracy, hard"],
 }
-PICTURES = {  # (row, picture in the run folder): ending of its copy's name
-    "gcpo": {("gcpo", "curves.png"): ".png"},
-    "laser": {("laser", "curves.png"): ".png", ("laser", "score.png"): "_score.png"},
-    "carft": {("carft", "curves.png"): ".png", ("carft", "vectors.png"): "_vectors.png",
-              ("carft, code parity", "vectors.png"): "_vectors_parity.png"},
-    "temporal_sr": {("tsr", "curves.png"): ".png"},
-    "light_if": {("light_if", "curves.png"): ".png"},
-}
+CURVES = {"gcpo": ["groups/all_wrong", "eval/accuracy", "eval/accuracy/level4"],
+          "laser": ["eval/accuracy", "verify/f1"],
+          "carft": ["eval/accuracy", "eval/accuracy/level4", "cl/cos_correct", "cl/cos_wrong"],
+          "temporal_sr": ["gap/grader", "pairs/similarity", "eval/win_rate"],
+          "light_if": ["entropy", "sample/checked", "eval/accuracy"]}
 # Student's t, two-sided 95 %, by the number of seeds
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -213,32 +233,36 @@ def history(script, folder):
     return {"worst_drop": max(max(accuracy[:i + 1]) - a for i, a in enumerate(accuracy))}
 
 
-def draw_gaps(folders, path):
-    """In the style of the paper's Fig. 1: score gap by the fixed grader and cosine of the pairs
-    over the iterations, and the held-out win rate; mean and standard deviation over the seeds."""
-    import matplotlib
+def curve(runs, metric, points=40):
+    """A metric over the steps that all runs logged it at, in at most so many windows of them: mean
+    and standard deviation over the runs. runs: their metrics. None if there is no such step."""
+    rows = [{r["step"]: r for r in run if metric in r} for run in runs]
+    steps = sorted(set.intersection(*map(set, rows)))
+    if not steps:
+        return None
+    size, found = math.ceil(len(steps) / points), {"step": [], "tokens": [], "mean": [], "sd": []}
+    for window in (steps[i:i + size] for i in range(0, len(steps), size)):
+        values = [statistics.fmean(run[s][metric] for s in window) for run in rows]
+        tokens = [run[s].get("sample/tokens", 0) / 1e6 for run in rows for s in window]
+        for key, x in (("step", statistics.fmean(window)), ("tokens", statistics.fmean(tokens)),
+                       ("mean", statistics.fmean(values)),
+                       ("sd", statistics.stdev(values) if len(values) > 1 else 0.0)):
+            found[key].append(round(x, 5))
+    return found
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    panels = {"gap/grader": "score gap of the pairs, fixed grader",
-              "pairs/similarity": "cosine of chosen and rejected",
-              "eval/win_rate": "held-out win rate against M_0"}
-    fig, axes = plt.subplots(1, len(panels), figsize=(13, 3.8))
-    for ax, (name, title) in zip(axes, panels.items()):
-        first = 0 if name.startswith("eval/") else 1  # M_0 is evaluated, too, but gave no pairs
-        for row in ("tsr", "sr", "past_only", "future_only"):
-            runs = [[r[name] for r in metrics(f)[first:]] for f in folders[row]]
-            y = [statistics.fmean(values) for values in zip(*runs)]
-            sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in zip(*runs)]
-            ax.errorbar(range(first, first + len(y)), y, sd, marker="o", ms=4, capsize=3, label=row)
-        ax.set(title=title, xlabel="iteration" if first else "updates of the main line",
-               xticks=range(first, 5))
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+def curves(script, folders):
+    """{row: {metric: its curve}} of what figures.py draws."""
+    found = {}
+    for row, mine in folders.items():
+        runs = [metrics(f) for f in mine]
+        if script == "light_if":  # one name in the two kinds of training
+            for r in (r for run in runs for r in run):
+                for name in ("policy/entropy", "sft/entropy"):
+                    if name in r:
+                        r["entropy"] = r[name]
+        found[row] = {m: c for m in CURVES[script] if (c := curve(runs, m))}
+    return found
 
 
 def seconds_per_step(folder):
@@ -263,7 +287,8 @@ def run(script, name, flags, seed):
     folder = ROOT / "runs" / "reproduce" / f"{script}-{slug}-s{seed}"
     if (folder / "summary.json").exists():
         return folder
-    command, variation = [sys.executable, str(ROOT / f"{script}.py")], variation_of(name)
+    command = [sys.executable, str(ROOT / f"{script}.py")]
+    variation = variation_of(name) or ALL_ROWS.get(script)
     if variation:
         command[1:] = ["-c", f"import sys; sys.path[:0] = ['benchmarks', '.']; import reproduce, "
                        f"{script} as s; reproduce.VARIATIONS[{variation!r}](s); s.main()"]
@@ -292,9 +317,9 @@ def tabulate(script, folders):
                   "sampled_tokens": [sampled_tokens(f) for f in found]}
         ways = [history(script, f) for f in found]
         after |= {k: [way[k] for way in ways] for k in ways[0] if all(k in way for way in ways)}
-        if variation_of(name) == "rubber stamp":
+        if variation_of(name) in ("better start", "rubber stamp"):  # they start elsewhere
             after |= {f"{k} before": [x["before"][k] for x in summaries]
-                      for k in ("accuracy", "checked", "length")}
+                      for k in names if k in summaries[0]["before"]}
         table[name] = {k: {"seeds": v, "mean": statistics.fmean(v),
                            "sd": statistics.stdev(v) if len(v) > 1 else 0.0}
                        for k, v in after.items()}
@@ -310,11 +335,14 @@ def tabulate(script, folders):
         if len(values) > 1:
             half = T_975.get(len(values), 2.26) * statistics.stdev(values) / len(values) ** 0.5
             differences[what]["interval_95"] = half
+    commits = sorted({json.loads((f / "config.json").read_text())["commit"]
+                      for found in folders.values() for f in found})
     return {"command": f"python benchmarks/reproduce.py --only {script}",
-            "commit": config["commit"], "versions": config["versions"],
+            "commit": ", ".join(commits), "versions": config["versions"],
             "hardware": f"{platform.processor() or platform.machine()}, one thread per run",
             "before": {k: statistics.fmean(b[k] for b in before) for k in before[0]},
-            "rows": table, f"{main_measure}_differences": differences}
+            "rows": table, f"{main_measure}_differences": differences,
+            "curves": curves(script, folders)}
 
 
 def markdown(result, columns):
@@ -346,6 +374,7 @@ def main():
     seeds = range(args.seeds)
     sys.path.insert(0, str(ROOT))
     import common
+    import figures
     import light_if
 
     for script in [args.only] if args.only else ROWS:
@@ -376,10 +405,7 @@ def main():
         target = ROOT / "benchmarks" / "results" / f"{script}.json"
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n")
-        for (row, picture), ending in PICTURES[script].items():
-            shutil.copy(folders[row][0] / picture, target.with_name(script + ending))
-        if script == "temporal_sr":
-            draw_gaps(folders, target.with_name(f"{script}_gap.png"))
+        figures.draw(script)
         print(markdown(result, COLUMNS[script]))
 
 

@@ -373,8 +373,9 @@ def main():
     args = parser.parse_args()
     seeds = range(args.seeds)
     sys.path.insert(0, str(ROOT))
-    import common
     import figures
+
+    import common
     import light_if
 
     for script in [args.only] if args.only else ROWS:

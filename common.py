@@ -88,7 +88,7 @@ class Config:
                                 "[DAPO Sec. 4.1: 20]")
     max_grad_norm: float = arg(1.0, "clip the gradient to this norm [ours]")
     micro_tokens: int = arg(0, "padded tokens per forward: memory and speed, never the gradient; "
-                               "0 = 4096 on a GPU, 1024 on a CPU, whose caches are small [ours]")
+                               "0 = 2048 on a GPU, 1024 on a CPU, whose caches are small [ours]")
     lora: bool = arg(False, "train LoRA adapters (peft) with gradient checkpointing; they usually "
                             "want a larger --lr than full weights")
     # run
@@ -179,7 +179,7 @@ def parse_config(cls, script, doc, tiny, methods, argv=None, dataset="gsm8k"):
         fail(f"--device {cfg.device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if cfg.model != "tiny":
         resolve_model(cfg.model)
-    cfg.micro_tokens = cfg.micro_tokens or (1024 if cfg.device == "cpu" else 4096)
+    cfg.micro_tokens = cfg.micro_tokens or (1024 if cfg.device == "cpu" else 2048)
     for name in ("prompts", "group", "max_new_tokens", "micro_tokens"):
         if getattr(cfg, name) < 1:
             fail(f"--{name} {getattr(cfg, name)}: must be at least 1")
@@ -388,8 +388,15 @@ def reference_logps(model, reference, ids, mask, temperature):
         return response_logps(ref, ids, mask, temperature)[0]
 
 
+# A GPU with less memory per trained weight leaves the optimizer to the host's. Here are 18: bfloat16
+# weight 2, gradient 4, copy 4, AdamW's moments 8; the rest is for activations and a reference. [ours]
+BYTES_PER_WEIGHT = 24
+
+
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 copies of bfloat16 weights, fed with gradients accumulated in float32.
+    """AdamW on float32 copies of bfloat16 weights, fed with gradients accumulated in float32. Where
+    the GPU is too small for them, copies and moments live in the host's memory: 6 instead of 18
+    bytes per weight on the GPU; a step then waits for the CPU.
 
     [ours: a step of 1e-6 is far below bfloat16's rounding, so stepping the weights themselves would
     train nothing, and sums of micro-batch gradients in bfloat16 would depend on their number.]
@@ -397,7 +404,9 @@ class MasterAdamW(torch.optim.AdamW):
 
     def __init__(self, *models, lr):
         weights = [[p for _, p in trained(m)] for m in models]  # a parameter group per model
-        groups = [[p if p.dtype == torch.float32 else p.detach().float() for p in group]
+        self.far, self.sums = too_large_for_gpu(sum(weights, [])), {}
+        groups = [[p if p.dtype == torch.float32 else
+                   p.detach().to("cpu" if self.far else p.device, torch.float32) for p in group]
                   for group in weights]
         self.masters = sum(groups, [])
         self.pairs = [(p, m) for p, m in zip(sum(weights, []), self.masters) if p is not m]
@@ -411,10 +420,18 @@ class MasterAdamW(torch.optim.AdamW):
         for hook in self.hooks:
             hook.remove()
 
-    @staticmethod
-    def collect(p, m):
-        m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
+    def collect(self, p, m):
+        if self.far:  # the sum stays on the GPU until the step
+            self.sums[m] = self.sums[m].add_(p.grad) if m in self.sums else p.grad.float()
+        else:
+            m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
         p.grad = None
+
+    def clip(self, max_norm):
+        """Clips the gradient. -> its norm before that"""
+        for m in list(self.sums):
+            m.grad = self.sums.pop(m).to(m.device)
+        return torch.nn.utils.clip_grad_norm_(self.masters, max_norm).item()
 
     @torch.no_grad()
     def step(self):
@@ -424,11 +441,20 @@ class MasterAdamW(torch.optim.AdamW):
             p.copy_(m)
 
 
+def too_large_for_gpu(weights):
+    """Whether the optimizer's share of these has to stay in the host's memory."""
+    device = weights[0].device
+    if device.type != "cuda":
+        return False
+    need = BYTES_PER_WEIGHT * sum(p.numel() for p in weights if p.dtype != torch.float32)
+    return torch.cuda.get_device_properties(device).total_memory < need
+
+
 def update(opt, cfg, step, loss, rates=None):
     """One clipped optimizer step. Returns the gradient norm before clipping. A loss or gradient
     that is not finite ends the program before it can touch the weights. `rates`: the learning rate
     of each parameter group; default cfg.lr after its linear warm-up."""
-    norm = torch.nn.utils.clip_grad_norm_(opt.masters, cfg.max_grad_norm).item()
+    norm = opt.clip(cfg.max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; no weight was touched by "
              f"them; {Run.left()}")

@@ -179,8 +179,8 @@ class Config(common.Config):
     kl_coef: float = arg(0.001, "of the k3 KL to the policy that a stage began with [code: 0.001]")
     # Other values than in the other scripts.
     steps: int = arg(200, "rollout steps of RL after SFT, half easy, half hard prompts [ours]")
-    prompts: int = arg(128, "B, prompts per step [code: 128]")
-    max_new_tokens: int = arg(8192, "longest response, in tokens [code: 8192]")
+    prompts: int = arg(32, "B, prompts per step [ours, for one GPU; code: 128]")
+    max_new_tokens: int = arg(2048, "longest response, in tokens [ours, for one GPU; code: 8192]")
     lr: float = arg(5e-6, "AdamW learning rate of RL [code: 5e-6]")
     warmup_steps: int = arg(0, "linear warm-up of the learning rate in each stage [code: none]")
     eval_samples: int = arg(1, "k: responses per held-out prompt, sampled at --temperature, which "

@@ -552,6 +552,39 @@ def test_bfloat16_weights_learn_at_small_rates():
     assert (start - plain.weight).float().mean().item() < moved / 2, "bfloat16 rounds steps away"
 
 
+def test_optimizer_in_host_memory_takes_the_same_steps(monkeypatch):
+    torch.manual_seed(0)
+    data, found = torch.randn(2, 3, 8, dtype=torch.bfloat16), []
+    cfg = SimpleNamespace(max_grad_norm=.1, lr=1e-2, warmup_steps=0)
+    for far in (False, True):
+        monkeypatch.setattr(common, "too_large_for_gpu", lambda weights, far=far: far)
+        torch.manual_seed(1)
+        model, head = torch.nn.Linear(8, 8, dtype=torch.bfloat16), torch.nn.Linear(8, 1)
+        opt, norms = common.MasterAdamW(model, head, lr=1e-2), []
+        for micro_batches in data:  # two steps of three micro-batches
+            for x in micro_batches:
+                head(model(x).float()).square().sum().backward()
+                assert model.weight.grad is None
+                assert far == (opt.masters[0].grad is None) == (len(opt.sums) == 2)
+            norms.append(common.update(opt, cfg, 1, 0.))
+            assert not opt.sums and opt.masters[0].grad is None
+        found.append((norms, [p.detach() for p in (*opt.masters, *model.parameters())]))
+    assert found[0][0] == found[1][0] and min(found[0][0]) > .1
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
+def test_small_gpus_leave_the_optimizer_to_the_host(monkeypatch):
+    def weights(n, dtype=torch.bfloat16, device="cuda"):
+        return [SimpleNamespace(device=torch.device(device), dtype=dtype, numel=lambda: n)]
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=24 * 2**30))
+    assert common.too_large_for_gpu(weights(1_543_714_304)), "Qwen2.5-1.5B"
+    assert not common.too_large_for_gpu(weights(494_032_768)), "Qwen2.5-0.5B"
+    assert not common.too_large_for_gpu(weights(10**10, torch.float32)), "adapters have no copies"
+    assert not common.too_large_for_gpu(weights(10**10, device="cpu"))
+
+
 def test_update_warms_up_clips_and_refuses_nan(capsys):
     w = torch.nn.Linear(1, 1, bias=False)
     opt = common.MasterAdamW(w, lr=1.0)

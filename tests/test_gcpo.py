@@ -177,7 +177,7 @@ def test_repaired_groups_pass_the_filter(tmp_path, monkeypatch):
 
 def test_micro_batches_are_small_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for flags, size in (([], 1024), (["--device", "cuda"], 4096), (["--micro_tokens", "77"], 77)):
+    for flags, size in (([], 1024), (["--device", "cuda"], 2048), (["--micro_tokens", "77"], 77)):
         assert gcpo.parse(flags).micro_tokens == size
 
 

@@ -134,12 +134,12 @@ def test_methods(tmp_path, method, numbers):
         assert r["optim/grad_norm"] >= 0
 
 
-def test_defaults_are_the_codes(llama_folder, capsys):  # noqa: F811
+def test_defaults_are_the_codes_but_for_the_size_of_a_step(llama_folder, capsys):  # noqa: F811
     cfg = light_if.parse(["--model", llama_folder()])
     assert (cfg.zero_rl, cfg.sft, cfg.tea, cfg.curriculum, cfg.reward) == (
         True, "entropy", "length_scaled", True, "dense")
     assert (cfg.group, cfg.prompts, cfg.updates, cfg.lr, cfg.kl_coef, cfg.temperature,
-            cfg.max_new_tokens) == (8, 128, 4, 5e-6, .001, 1.0, 8192)
+            cfg.max_new_tokens) == (8, 32, 4, 5e-6, .001, 1.0, 2048)
     assert (cfg.token_ratio, cfg.entropy_coef, cfg.sft_lr, cfg.sft_epochs, cfg.cold_start) == (
         .8, .8, 1e-5, 3, 2000)
     assert (cfg.dataset, cfg.eval_dataset) == ("dolly", "ifeval")

@@ -388,8 +388,8 @@ def reference_logps(model, reference, ids, mask, temperature):
         return response_logps(ref, ids, mask, temperature)[0]
 
 
-# A GPU with less memory per trained weight leaves the optimizer to the host's. Here are 18: bfloat16
-# weight 2, gradient 4, copy 4, AdamW's moments 8; the rest is for activations and a reference. [ours]
+# A GPU with less memory per trained weight leaves the optimizer to the host's. 18 are: weight 2,
+# gradient 4, copy 4, AdamW's moments 8; the rest is for activations and a reference model. [ours]
 BYTES_PER_WEIGHT = 24
 
 

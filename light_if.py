@@ -180,7 +180,7 @@ class Config(common.Config):
     # Other values than in the other scripts.
     steps: int = arg(200, "rollout steps of RL after SFT, half easy, half hard prompts [ours]")
     prompts: int = arg(32, "B, prompts per step [ours, for one GPU; code: 128]")
-    max_new_tokens: int = arg(2048, "longest response, in tokens [ours, for one GPU; code: 8192]")
+    max_new_tokens: int = arg(2048, "longest response, in tokens [ours, one GPU; code: 8192]")
     lr: float = arg(5e-6, "AdamW learning rate of RL [code: 5e-6]")
     warmup_steps: int = arg(0, "linear warm-up of the learning rate in each stage [code: none]")
     eval_samples: int = arg(1, "k: responses per held-out prompt, sampled at --temperature, which "

@@ -1,4 +1,4 @@
-"""Runs a script's method and baselines over seeds and tabulates the result.
+"""Runs every script's method, baselines and ablations over seeds, and tabulates and draws them.
 
     python benchmarks/reproduce.py --only gcpo --seeds 5 --jobs 2        (make results)
 
@@ -6,8 +6,9 @@ Every run is `python <script>.py --method ... --seed ...` on the embedded defaul
 runs/reproduce/; a finished one (its summary.json exists) is not run again, a killed one is resumed.
 The method itself runs first. A baseline of the same seed then stops at the first step that has
 sampled as many tokens; where all rows sample alike at every step, it takes as many steps, and once
-more as many as fit into the method's CPU time of training (the median over seeds). Writes
-benchmarks/results/<script>.json and pictures of seed 0, and prints the table and the differences.
+more as many as fit into the method's CPU time of training (the median over seeds). Writes in
+benchmarks/results/ <script>.json, its table <script>.md and its figure <script>.png (figures.py),
+then the results section of the README (claims.py).
 """
 
 import argparse
@@ -20,6 +21,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import claims
+import figures
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,6 +80,15 @@ def hard_only(script):
     pools, script.pools_of = script.pools_of, pools_of
 
 
+def five_constraints(script):
+    """The same on those hard prompts that have five constraints: most groups are all wrong."""
+    def hardest(tasks, cfg):
+        return {name: [t for t in pool if t.level == "5"] for name, pool in pools(tasks, cfg).items()}
+
+    hard_only(script)
+    pools, script.pools_of = script.pools_of, hardest
+
+
 def calibrated(script):
     """laser.py as it is, which leaves the bins of score.png's reliability curve in the folder."""
     def draw_scores(path, score, right):
@@ -93,7 +106,8 @@ def better_start(script):
 
 
 VARIATIONS = {f.__name__.replace("_", " "): f for f in (
-    calibrated, better_start, poor_judge, blind_judge, sgd, rubber_stamp, hard_only)}
+    calibrated, better_start, poor_judge, blind_judge, sgd, rubber_stamp, hard_only,
+    five_constraints)}
 ALL_ROWS = {"laser": "calibrated"}  # a variation of all rows of a script
 OF_TSR = ("poor judge", "blind judge", "sgd")
 # {first}: the folder of the first row, same seed
@@ -147,36 +161,42 @@ ROWS = {
         "dense, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40"],
         "sparse, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40",
                               "--reward", "sparse"],
+        "dense, five constraints": [*ON, "rl+", "--method", "grpo", "--steps", "40"],
+        "sparse, five constraints": [*ON, "rl+", "--method", "grpo", "--steps", "40",
+                                     "--reward", "sparse"],
         "zero_rl, rubber stamp": ["--sft", "none", "--steps", "0"],
         "grpo, rubber stamp": ["--method", "grpo", "--steps", "40"],
         "tea off": [*ON, "rl+", "--tea", "off"],
         "no zero_rl": [*ON, "cold_start+", "--zero_rl", "false"],
         "reward sparse": [*ON, "rl+", "--reward", "sparse"],
         "sft none": [*ON, "rl+", "--sft", "none"],
+        "tea x 10": [*ON, "rl+", "--tea_coef", str(100 / 8192)],
+        "tea uniform": [*ON, "rl+", "--tea", "uniform"],
         "tea released": [*ON, "rl+", "--tea", "released"],
         "no curriculum": [*ON, "rl+", "--curriculum", "false"],
         "grpo": [*ON, "rl+", "--method", "grpo"],
     },
 }
-SWITCHES = ("tea off", "no zero_rl", "reward sparse", "sft none", "tea released", "no curriculum",
-            "grpo")
 # script: rows or variations that have the first so many seeds only
-FEW_SEEDS = {"temporal_sr": dict.fromkeys(OF_TSR, 3), "light_if": {"rubber stamp": 1}}
+FEW_SEEDS = {"temporal_sr": dict.fromkeys(OF_TSR, 3), "light_if": {"rubber stamp": 1, "five constraints": 3,
+                          **dict.fromkeys(("tea x 10", "tea uniform", "tea released"), 3)}}
 EQUAL_STEPS = ("laser", "carft", "temporal_sr", "light_if")  # no row stops at the first's tokens
 EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
-DIFFERENCES = {"carft": [("carft", "reft"), ("carft", "sft"), ("carft", "drgrpo"),
-                         ("carft, hot", "reft, hot"), ("carft", "carft, lambda 0"),
-                         ("carft, hot", "carft, hot, lambda 0"), ("carft", "reft, equal seconds"),
-                         ("carft", "sft, equal seconds"), ("carft", "drgrpo, equal seconds")],
-               "temporal_sr": [("tsr", other) for other in (
-                   "sr", "past_only", "future_only", "spin", "rs_sft", "sr, 6 iterations")]
-               + [("tsr", "sr", f"{what} of M_2") for what in ("win_rate", "grade")]
+# script: what to compare besides the first row with every other one, some by another measure
+DIFFERENCES = {"carft": [("carft, hot", "reft, hot"), ("carft, hot", "carft, hot, lambda 0"),
+                         ("reft", "carft", "worst_drop"),
+                         ("reft, hot", "carft, hot", "worst_drop")],
+               "temporal_sr": [("tsr", "sr", f"{what} of M_2") for what in ("win_rate", "grade")]
                + [(f"tsr, {name}", f"sr, {name}") for name in OF_TSR],
-               "light_if": [("light_if", "sft plain"), ("light_if", "sft plain", "entropy of sft"),
+               "gcpo": [("gcpo, 4 updates", "gcpo, 4 updates, token ratio")],
+               "laser": [("laser, better start", "grpo, better start")],
+               "light_if": [("light_if", "sft plain", "entropy of sft"),
                             ("light_if", "sft plain", "accuracy of sft"),
                             ("dense, hard only", "sparse, hard only"),
                             ("dense, hard only", "sparse, hard only", "accuracy, hard"),
-                            *(("light_if", row) for row in SWITCHES)]}
+                            ("dense, five constraints", "sparse, five constraints"),
+                            ("dense, five constraints", "sparse, five constraints",
+                             "accuracy, hard")]}
 MEASURE = {"temporal_sr": "win_rate"}  # of the differences, where it is not the accuracy
 COLUMNS = {  # of the printed table; the .json has every number
     "gcpo": ["accuracy", *(f"accuracy/level{n}" for n in range(1, 6))],
@@ -195,9 +215,6 @@ CURVES = {"gcpo": ["groups/all_wrong", "eval/accuracy", "eval/accuracy/level4"],
           "carft": ["eval/accuracy", "eval/accuracy/level4", "cl/cos_correct", "cl/cos_wrong"],
           "temporal_sr": ["gap/grader", "pairs/similarity", "eval/win_rate"],
           "light_if": ["entropy", "sample/checked", "eval/accuracy"]}
-# Student's t, two-sided 95 %, by the number of seeds
-T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-
 
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
@@ -230,13 +247,27 @@ def history(script, folder):
                           for k in ("accuracy", "checked", "entropy", "length", "greedy")}
         return found
     accuracy = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r]
-    return {"worst_drop": max(max(accuracy[:i + 1]) - a for i, a in enumerate(accuracy))}
+    return {"accuracy at half": at_half(rows),
+            "worst_drop": max(max(accuracy[:i + 1]) - a for i, a in enumerate(accuracy))}
+
+
+def at_half(rows):
+    """The held-out accuracy at half of the sampled tokens (steps, where none are sampled), on a
+    straight line between the evaluations before and after."""
+    rows = [(r.get("sample/tokens") or r["step"], r["eval/accuracy"])
+            for r in rows if "eval/accuracy" in r]
+    half = rows[-1][0] / 2
+    n = next(i for i, (x, _) in enumerate(rows) if x >= half)
+    (x0, y0), (x1, y1) = rows[n - 1:n + 1]
+    return y0 + (y1 - y0) * (half - x0) / (x1 - x0)
 
 
 def curve(runs, metric, points=40):
     """A metric over the steps that all runs logged it at, in at most so many windows of them: mean
-    and standard deviation over the runs. runs: their metrics. None if there is no such step."""
-    rows = [{r["step"]: r for r in run if metric in r} for run in runs]
+    and standard deviation over the runs. The last evaluations belong together, whatever their step.
+    runs: their metrics. None if there is no such step."""
+    rows = [{math.inf if metric.startswith("eval/") and r is run[-1] else r["step"]: r
+             for r in run if metric in r} for run in runs]
     steps = sorted(set.intersection(*map(set, rows)))
     if not steps:
         return None
@@ -244,7 +275,8 @@ def curve(runs, metric, points=40):
     for window in (steps[i:i + size] for i in range(0, len(steps), size)):
         values = [statistics.fmean(run[s][metric] for s in window) for run in rows]
         tokens = [run[s].get("sample/tokens", 0) / 1e6 for run in rows for s in window]
-        for key, x in (("step", statistics.fmean(window)), ("tokens", statistics.fmean(tokens)),
+        real = [run[s]["step"] for run in rows for s in window]
+        for key, x in (("step", statistics.fmean(real)), ("tokens", statistics.fmean(tokens)),
                        ("mean", statistics.fmean(values)),
                        ("sd", statistics.stdev(values) if len(values) > 1 else 0.0)):
             found[key].append(round(x, 5))
@@ -320,21 +352,16 @@ def tabulate(script, folders):
         if variation_of(name) in ("better start", "rubber stamp"):  # they start elsewhere
             after |= {f"{k} before": [x["before"][k] for x in summaries]
                       for k in names if k in summaries[0]["before"]}
-        table[name] = {k: {"seeds": v, "mean": statistics.fmean(v),
-                           "sd": statistics.stdev(v) if len(v) > 1 else 0.0}
-                       for k, v in after.items()}
+        table[name] = {k: {"seeds": v, **spread(v)} for k, v in after.items()}
     first = next(iter(folders.values()))
     config = json.loads((first[0] / "config.json").read_text())
     before = [summary(f)["before"] for f in first]
     differences, main_measure = {}, MEASURE.get(script, "accuracy")
-    for a, b, *other in DIFFERENCES.get(script, []):
+    for a, b, *other in [*((next(iter(table)), row) for row in list(table)[1:]
+                           if variation_of(row) is None), *DIFFERENCES.get(script, [])]:
         measure = other[0] if other else main_measure
         values = [x - y for x, y in zip(*(table[row][measure]["seeds"] for row in (a, b)))]
-        what = ", ".join([f"{a} - {b}", *other])
-        differences[what] = {"seeds": values, "mean": statistics.fmean(values)}
-        if len(values) > 1:
-            half = T_975.get(len(values), 2.26) * statistics.stdev(values) / len(values) ** 0.5
-            differences[what]["interval_95"] = half
+        differences[", ".join([f"{a} - {b}", *other])] = {"seeds": values, **spread(values)}
     commits = sorted({json.loads((f / "config.json").read_text())["commit"]
                       for found in folders.values() for f in found})
     return {"command": f"python benchmarks/reproduce.py --only {script}",
@@ -342,26 +369,55 @@ def tabulate(script, folders):
             "hardware": f"{platform.processor() or platform.machine()}, one thread per run",
             "before": {k: statistics.fmean(b[k] for b in before) for k in before[0]},
             "rows": table, f"{main_measure}_differences": differences,
-            "curves": curves(script, folders)}
+            "curves": curves(script, folders), **more(script, folders)}
 
 
-def markdown(result, columns):
-    """The table as the README shows it."""
+def more(script, folders):
+    """What a script's figure shows besides rows and curves."""
+    if script == "laser":  # the bins of all seeds
+        bins = {row: [json.loads((f / "calibration.json").read_text()) for f in found]
+                for row, found in folders.items() if (found[0] / "calibration.json").exists()}
+        return {"calibration": {row: [[sum(x) for x in zip(*same)] for same in zip(*found)]
+                                for row, found in bins.items()}}
+    if script == "light_if":
+        stages = {r["stage/number"]: r["step"] - 1
+                  for r in reversed(metrics(folders["light_if"][0])) if "stage/number" in r}
+        return {"stage_starts": {int(stage): step for stage, step in stages.items() if stage}}
+    return {}
+
+
+def spread(values):
+    """Mean, standard deviation and half of the 95 % interval of the mean."""
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "sd": sd, "interval_95": claims.interval(values)}
+
+
+def markdown(script, result, columns):
+    """The table and the differences."""
     before = [f"{result['before'][k]:.3f}" if k in result["before"] else "-" for k in columns]
-    lines = ["| method | " + " | ".join(k.replace("accuracy/", "") for k in columns)
-             + " | steps | sampled tokens | CPU s of training |",
-             "|---" * (len(before) + 4) + "|",
-             "| before | " + " | ".join(before) + " | 0 | 0 | 0 |"]
+    seeds = max(len(row["steps"]["seeds"]) for row in result["rows"].values())
+    lines = [f"# {script}.py on the embedded default", "",
+             f"`{result['command']}` at commit {result['commit']}; "
+             f"torch {result['versions']['torch']}, transformers "
+             f"{result['versions']['transformers']}; {result['hardware']}. Mean ± standard "
+             f"deviation over seeds 0-{seeds - 1}; every value is in {script}.json.", "",
+             "| method | " + " | ".join(k.replace("accuracy/", "") for k in columns)
+             + " | steps | sampled tokens | CPU s of training | seeds |",
+             "|---" * (len(before) + 5) + "|",
+             "| before | " + " | ".join(before) + " | 0 | 0 | 0 | |"]
     for name, row in result["rows"].items():
         cells = [f"{row[k]['mean']:.3f} ± {row[k]['sd']:.3f}" if k in row else "-" for k in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['steps']['mean']:.0f} | "
                      f"{row['sampled_tokens']['mean'] / 1e6:.2f} M | "
-                     f"{row['train_cpu_seconds']['mean']:.0f} |")
-    differences = next(v for k, v in result.items() if k.endswith("_differences"))
+                     f"{row['train_cpu_seconds']['mean']:.0f} | {len(row['steps']['seeds'])} |")
+    measure, differences = next((k, v) for k, v in result.items() if k.endswith("_differences"))
+    lines += ["", f"| difference of {measure.removesuffix('_differences')}, same seed | mean ± "
+              "half the 95 % interval | seeds above 0 |", "|---|---|---|"]
     for name, d in differences.items():
-        lines.append(f"{name}: {d['mean']:+.3f} ± {d.get('interval_95', math.nan):.3f} (95 %), "
-                     f"{sum(x >= 0 for x in d['seeds'])} of {len(d['seeds'])} seeds >= 0")
-    return "\n".join(lines)
+        half = f" ± {d['interval_95']:.3f}" if d["interval_95"] is not None else ""
+        lines.append(f"| {name} | {d['mean']:+.3f}{half} | "
+                     f"{sum(x > 0 for x in d['seeds'])} of {len(d['seeds'])} |")
+    return "\n".join(lines) + "\n"
 
 
 def main():
@@ -373,8 +429,6 @@ def main():
     args = parser.parse_args()
     seeds = range(args.seeds)
     sys.path.insert(0, str(ROOT))
-    import figures
-
     import common
     import light_if
 
@@ -404,10 +458,12 @@ def main():
                         for other in EQUAL_SECONDS.get(script, ())}
         result = tabulate(script, folders)
         target = ROOT / "benchmarks" / "results" / f"{script}.json"
-        target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n")
+        table = markdown(script, result, COLUMNS[script])
+        target.with_suffix(".md").write_text(table)
+        print(table)
         figures.draw(script)
-        print(markdown(result, COLUMNS[script]))
+    claims.main()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The documents are executed: every command of the README parses, every file keeps its shape."""
 
 import ast
+import hashlib
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -42,10 +44,35 @@ def test_readme_mentions_every_method_and_script():
             assert f"`{method}`" in README
 
 
-def test_readme_lists_every_metric():
-    for name in SCRIPTS:
-        for metric in importlib.import_module(name).METRICS:
-            assert f"`{metric}`" in README, f"{metric} of {name}.py is not in the README"
+def test_readme_is_short_and_its_links_lead_where_they_say():
+    assert len(README.splitlines()) < 350
+    links = re.findall(r"\[([^\]]*)\]\(([^)]*)\)", README)
+    to_lines = [(text.strip("`"), *link.split("#L")) for text, link in links if "#L" in link]
+    assert len(to_lines) > 20
+    for name, file, number in to_lines:
+        lines = (ROOT / file).read_text().splitlines()
+        real = [n for n, line in enumerate(lines, 1) if re.match(rf" *(def|class) {name}\b", line)]
+        assert int(number) in real, f"{name}: {file}#L{number} should be one of {real}"
+    headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-")
+                for h in re.findall(r"^#+ (.*)$", README, re.M)}
+    for text, link in links:
+        if link.startswith("#"):
+            assert link[1:] in headings, text
+        elif "://" not in link and "#L" not in link:
+            assert (ROOT / link).is_file(), link
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_results_are_those_of_the_json_files(name, monkeypatch):
+    """`python benchmarks/figures.py` and `python benchmarks/claims.py` bring them up to date."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    claims, reproduce = importlib.import_module("claims"), importlib.import_module("reproduce")
+    text = (claims.RESULTS / f"{name}.json").read_bytes()
+    table = reproduce.markdown(name, json.loads(text), reproduce.COLUMNS[name])
+    assert (claims.RESULTS / f"{name}.md").read_text() == table
+    assert hashlib.sha256(text).hexdigest().encode() in (
+        claims.RESULTS / f"{name}.png").read_bytes(), "the figure is of other numbers"
+    assert claims.section() == claims.SECTION.search(README)[0]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -83,7 +83,8 @@ def hard_only(script):
 def five_constraints(script):
     """The same on those hard prompts that have five constraints: most groups are all wrong."""
     def hardest(tasks, cfg):
-        return {name: [t for t in pool if t.level == "5"] for name, pool in pools(tasks, cfg).items()}
+        return {name: [t for t in pool if t.level == "5"]
+                for name, pool in pools(tasks, cfg).items()}
 
     hard_only(script)
     pools, script.pools_of = script.pools_of, hardest
@@ -178,8 +179,9 @@ ROWS = {
     },
 }
 # script: rows or variations that have the first so many seeds only
-FEW_SEEDS = {"temporal_sr": dict.fromkeys(OF_TSR, 3), "light_if": {"rubber stamp": 1, "five constraints": 3,
-                          **dict.fromkeys(("tea x 10", "tea uniform", "tea released"), 3)}}
+FEW_SEEDS = {"temporal_sr": dict.fromkeys(OF_TSR, 3),
+             "light_if": {"rubber stamp": 1, **dict.fromkeys(
+                 ("five constraints", "tea x 10", "tea uniform", "tea released"), 3)}}
 EQUAL_STEPS = ("laser", "carft", "temporal_sr", "light_if")  # no row stops at the first's tokens
 EQUAL_SECONDS = {"carft": ("reft", "sft", "drgrpo")}  # run once more, in the first row's CPU time
 # script: what to compare besides the first row with every other one, some by another measure

@@ -145,6 +145,8 @@ class Config(common.Config):
     # Other values than in the other scripts.
     steps: int = arg(600, "rollout steps [ours: room for both warm-ups]")
     warmup_steps: int = arg(0, "linear warm-up of the learning rate, in steps [code: none]")
+    eval_every: int = arg(100, "evaluate every so many steps, 0 = only before and after; k "
+                                "solutions per problem take a while")
     eval_samples: int = arg(8, "k: solutions per held-out problem, sampled, scored and voted on; "
                                "[code: 2 to 32, by data set]")
 
@@ -153,8 +155,8 @@ METHODS = {"laser": dict(alpha=0.1, tau=0.1),   # [code]
            "grpo": dict(alpha=0.0, tau=0.0)}
 # The tiny model's own values, used where no flag was given.
 TINY = dict(steps=300, prompts=32, group=8, max_new_tokens=64, lr=1e-4, eval_size=0,
-            eval_every=100, save_every=50, reasoning_warmup_steps=20,
-            self_rewarding_warmup_steps=60, token="<|pad|>", wrong_token="~",
+            save_every=50, reasoning_warmup_steps=20, self_rewarding_warmup_steps=60,
+            token="<|pad|>", wrong_token="~",
             laser=dict(alpha=1.0))  # it has few steps to learn to verify
 TOKENS = ("<|vision_start|>", "<|reserved_special_token_0|>")  # z_c: Qwen's, Llama-3's [code]
 CLIP, DUAL_CLIP = 0.2, 3.0  # [verl's defaults, which the code keeps]

@@ -35,10 +35,10 @@ WHAT IS KNOWN OF THE PAPER
         losses (B,) by a mask (B, 1), so that it sums over all rows if any is correct, and (2)
         gathers the negatives without gradient. --code_parity has both
     D2  negatives are all other rows of the rollout batch; the code has those of a micro-batch on
-        all GPUs, 32, and its sum 4 terms where ours with --code_parity has B, so that lambda acts
-        B/4 times as strongly. The loss couples all rows: their vectors are taken first, then the
-        gradient with respect to them, of which each micro-batch passes on its share; --micro_tokens
-        does not change it [ours]. No question is in a batch twice: an epoch's rest is dropped
+        all GPUs, 32 rows, and sums over the 4 of one GPU; ours with --code_parity sums over B, so
+        that lambda acts B/4 times as strongly. The loss couples all rows: their vectors are taken
+        first, then the gradient with respect to them, of which each micro-batch passes on its
+        share; --micro_tokens does not change it [ours]. No question is in a batch twice: an epoch's rest is dropped
         [code], and each question has one annotated CoT
     D3  lambda: the code sweeps {0, .001, .01, .1, 1}; .1 is its config's, .001 its launcher's
         default; which one the paper has is unknown. The tiny model has .01
@@ -732,7 +732,7 @@ def main(argv=None):
                     loss = loss + cfg.vf_coef * vf
                 if contrast:
                     z = pool(V, e, scope_mask([sets[i] for i in rows], w, cfg.device))
-                    loss = loss + cfg.cl_coef * (z * dZ[rows]).sum()
+                    loss = loss + cfg.cl_coef * (z * dZ[rows]).sum()  # gradient of L_cl (D2)
                 loss.backward()
                 trained_rows += zip([epoch] * len(rows), rows, logp.tolist(), cut.tolist())
             norms.append(update(opt, cfg, step, L_pg + L_vf + L_cl, rates))

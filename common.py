@@ -81,7 +81,7 @@ class Config:
     prompts: int = arg(16, "B, prompts per step [ours]")
     group: int = arg(8, "G, responses per prompt [ours]")
     max_new_tokens: int = arg(1024, "longest response, in tokens [ours]")
-    temperature: float = arg(1.0, "of sampling and of every log-probability [DAPO code: 1.0]")
+    temperature: float = arg(1.0, "of sampling and of RL's log-probabilities [DAPO code: 1.0]")
     # optimisation
     lr: float = arg(1e-6, "AdamW learning rate [DAPO Sec. 4.1: 1e-6]")
     warmup_steps: int = arg(20, "linear warm-up of the learning rate, in steps; constant after it "
@@ -1658,7 +1658,8 @@ def kept_rows(path, **columns):
 SAMPLING_METRICS = {  # what `sampling_statistics` tells, and the script's policy/mismatch
     "reward/accuracy": "share of sampled responses that are correct: the number to watch",
     "groups/all_wrong": "share of sampled groups without a correct response",
-    "groups/all_correct": "share of sampled groups without a wrong response: no signal in them",
+    "groups/all_correct": "share of sampled groups without a wrong response; in groups of two "
+                          "or more there is no signal in them",
     "policy/entropy": "of the sampling distribution, nats per sampled token; 0 is collapse",
     "policy/mismatch": "largest |sampler's - trainer's log-prob| of a token: rounding error",
     "sample/length": "mean tokens per sampled response",

@@ -10,7 +10,7 @@ THE LOOP                                             code                    sou
     1. sample G responses to each of B prompts       common.sample           DAPO Alg. 1
     2. verify them: correct c, reward r              correct, reward         DAPO Eq. 7, 13
     3. all wrong? golden answer replaces one         replace_golden          [2nd: KR], abstract
-       (DAPO: drop flat groups and sample again)     main                    DAPO Eq. 11
+       (DAPO: drop all-equal groups, sample again)   main                    DAPO Eq. 11
     4. advantage of each response in its group       group_advantages        GSPO Eq. 6
     5. log-probabilities under the old policy        common.batch_logps      GSPO Eq. 7
     6. ratio, clip, aggregate, AdamW                 policy_loss             GSPO Eq. 5, DAPO Eq. 8

@@ -40,9 +40,10 @@ WHAT IS KNOWN OF THE PAPER
         released code gives them a score read elsewhere. At test time score 0, too ("wrong"), and
         never the best of k. An EOS in the last slot is finished [ours]
     D4  r_s is clamped to [0, 1] in A_s and in votes [code, paper*], never in the MSE
-    D5  A_s: unbiased std, no epsilon; groups with std <= T keep A_v [code; the paper says below T]
-    D6  the MSE is divided by N_c + N_i, finished solutions of the whole batch [Eq. 14]; the code
-        divides by all rows
+    D5  A_s, the advantage of r_s as A_v is that of r_v: unbiased std, no epsilon; groups with
+        std <= T (--std_threshold) keep A_v [code; the paper says below T]
+    D6  the MSE is divided by N_c + N_i, correct and wrong finished solutions of the batch
+        [Eq. 14]; the code divides by all rows
     D7  token mean over the whole batch [code: per micro-batch of 2]
     D8  warm-ups are strict and relative: MSE if s > w_r, mixing if s > w_r + w_sr [code; Alg. 1
         has >= and absolute]
@@ -59,7 +60,7 @@ WHAT IS KNOWN OF THE PAPER
     D14 reward: correct AND exactly one final-answer mark [code: one \\boxed{; "####" ours];
         accuracy does not ask for the form [evaluation: code; in training: ours]
     D15 votes: sum per class of equal answers; ties by the larger class, then the first [ours]
-    D16 of the common flags, lr, temperature, group and max_grad_norm are the code's; it has 128
+    D16 of the common flags, lr, temperature, group and max_grad_norm equal the code's; it has 128
         prompts, 8192 new tokens and weight decay 0.01 where we have 16, 1024 and none
 
 SHAPES  B prompts, G solutions each, N = B*G rows, L columns; row i belongs to prompt i // G.

@@ -60,7 +60,7 @@ WHAT IS KNOWN OF THE PAPER
         Zero-RL's model
     D11 TEA: the code centres A over a micro-batch, so that a response alone in one has equal
         weights; here over the mini-batch. Weights have no gradient. `released` has a mean of 10/T
-        per token, .0012 at the paper's 8192 tokens but .2 at 50; `length_scaled` has the same mean
+        per token, .0012 at the code's 8192 tokens but .2 at 50; `length_scaled` has the same mean
         at any length, by default that .0012 [2nd: .05]
     D12 the loss is a mean over the tokens of the mini-batch [code: of micro-batches, weighted by
         their responses]; groups without contrast stay in, for KL and TEA; no weight decay [code:
@@ -145,9 +145,10 @@ class Config(common.Config):
     dataset: str = arg("", "seed instructions: tiny; dolly = databricks/databricks-dolly-15k; a "
                            "Hub id or .jsonl/.json/.parquet file with a column instruction, prompt "
                            "or question; rows in IFEval's layout are taken as they are; default: "
-                           "dolly")
+                           "tiny with the tiny model, else dolly")
     eval_dataset: str = arg("", "held-out prompts: ifeval = google/IFEval, or data in its "
-                                "layout: prompt, instruction_id_list, kwargs; default: ifeval")
+                                "layout: prompt, instruction_id_list, kwargs; default: tiny with "
+                                "the tiny model, else ifeval")
     stage: str = arg("", "run only this stage (prompts, zero_rl, cold_start, sft, rl), or with "
                          "a + from it on (sft+), on the products of --products; default: all")
     products: str = arg("", "a run folder: what its earlier stages left there is used")
@@ -173,7 +174,7 @@ class Config(common.Config):
     tea: Literal["released", "length_scaled", "uniform", "off"] | None = arg(
         None, "token-wise entropy term of TEA-RL (D11)")
     tea_coef: float | None = arg(None, "its strength; default: released 10 [code], else 10/8192, "
-                                       "what that is per token of the paper's responses (D11)")
+                                       "what that is per token at the code's 8192 tokens (D11)")
     curriculum: bool = arg(True, "easy prompts first, then hard ones; off: always both [code]")
     updates: int = arg(4, "optimizer steps per rollout batch [code: 128 prompts, 32 per step]")
     kl_coef: float = arg(0.001, "of the k3 KL to the policy that a stage began with [code: 0.001]")
@@ -201,9 +202,9 @@ SEED_COLUMNS = ("instruction", "prompt", "question")
 STAGES = ("prompts", "zero_rl", "cold_start", "sft", "rl")
 CLIP_LOW, CLIP_HIGH, DUAL_CLIP = 1.0, 1.0, 10.0  # of the ratio [code: recipe/Light-IF/*.sh]
 TEA_SCALE, TEA_CAP = 10 / 8192, 5.0  # per token, and the cap of the released form [code] (D11)
-TEA_BOUND = 100            # cap of the length-scaled form, in means [2nd: whetstone]
+TEA_BOUND = 100            # cap of the length-scaled form, in means [2nd: the whetstone project]
 VERDICT = 256              # tokens of a judge's verdict [ours]
-FLUENT = 6                 # least rating of a judge, 1 to 10 [code: prompt_jqzl_en: the third band]
+FLUENT = 6                 # least rating of a judge, 1 to 10 [code: third band of its prompt]
 DRAFT = 300                # words of the answer that are looked for in the thinking [ours]
 TRIES = 20                 # responses per example that the cold start may cost [ours]
 PIECE = 256                # prompts of stages A and C that are answered before what came is kept

@@ -8,7 +8,7 @@ THE IDEA
     the first pairs and thrown away), wherever those are worse and better than the present's.
 
 THE LOOP                                                       code                    source
-    M_0 = SFT(base, IFT + EFT): answers and judgements         supervise               [Eq. 4]
+    M_0 = SFT(base, IFT + EFT): answers + judgements of them   supervise               [Eq. 4]
     iteration i, K answers per prompt and model, all scored by M_i as the judge:
     1. r_i of M_i, r_0 of M_0                                  sample, judgements      [Alg. 1]
     2. anchored rejection: best of r_i against the worst       best, worst,            [Alg. 1]
@@ -44,7 +44,7 @@ WHAT IS KNOWN OF THE PAPER
         finished answers [ours]; a judgement cut off has no score, or what it quotes last might be
         taken for its verdict [ours]
     D6  the DPO reference of M_f is M_i, too [the notation of Eq. 5]. References are computed once
-        per run; M_0, M_i and M_f are copies of the trained weights in CPU memory (LoRA: of the
+        per DPO run; M_0, M_i and M_f are copies of the trained weights in CPU memory (LoRA: of the
         adapters), in the optimizer's float32, and only one of them is on the device
     D7  one judgement per answer, --judge_samples 3 is [SRLM]; AdamW, no weight decay, gradient norm
         1 (the paper names none); a prompt has at most 512 tokens [App. D]
@@ -131,7 +131,8 @@ class Config(common.Config):
         "tsr", "the paper's, or a baseline")
     dataset: str = arg("", "tiny; ultrafeedback = OpenAssistant/oasst1, oasst2 and "
                            "openbmb/UltraFeedback (D9); a Hub id or .jsonl/.json/.parquet file "
-                           "with the columns prompt and response; default: ultrafeedback")
+                           "with the columns prompt and response; default: tiny with the tiny "
+                           "model, else ultrafeedback")
     eval_dataset: str = arg("", "held-out prompts, the same kind; default: rows of --dataset")
     eft_dataset: str = arg("", "judge examples: the same kind of file with prompt, response and "
                                "judgement, which ends in `Score: n`; default: UltraFeedback's with "
@@ -952,7 +953,7 @@ def main(argv=None):
 
     state = {"parts": {}, "answers": 0, "runs": 0, "M_i": M_0}
     state |= run.start(policy, None, grade.evaluate)
-    do = partial(part, run, policy, state)
+    do = partial(part, run, policy, state)    # do(name, f, *args): f(*args), or its checkpoint
     answers = partial(candidates, do, models)
     for step in run.steps(state):
         M_i = models.current = state["M_i"]       # the judge, the initial weights, the reference

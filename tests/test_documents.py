@@ -51,7 +51,7 @@ def test_readme_is_short_and_its_links_lead_where_they_say():
     assert len(to_lines) > 20
     for name, file, number in to_lines:
         lines = (ROOT / file).read_text().splitlines()
-        real = [n for n, line in enumerate(lines, 1) if re.match(rf" *(def|class) {name}\b", line)]
+        real = [n for n, line in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b", line)]
         assert int(number) in real, f"{name}: {file}#L{number} should be one of {real}"
     headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-")
                 for h in re.findall(r"^#+ (.*)$", README, re.M)}

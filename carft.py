@@ -38,8 +38,8 @@ WHAT IS KNOWN OF THE PAPER
         all GPUs, 32 rows, and sums over the 4 of one GPU; ours with --code_parity sums over B, so
         that lambda acts B/4 times as strongly. The loss couples all rows: their vectors are taken
         first, then the gradient with respect to them, of which each micro-batch passes on its
-        share; --micro_tokens does not change it [ours]. No question is in a batch twice: an epoch's rest is dropped
-        [code], and each question has one annotated CoT
+        share; --micro_tokens does not change it [ours]. No question is in a batch twice: an
+        epoch's rest is dropped [code], and each question has one annotated CoT
     D3  lambda: the code sweeps {0, .001, .01, .1, 1}; .1 is its config's, .001 its launcher's
         default; which one the paper has is unknown. The tiny model has .01
     D4  vectors pool over token positions, EOS included; PPO acts on the states one before them

@@ -111,8 +111,9 @@ VARIATIONS = {f.__name__.replace("_", " "): f for f in (
     five_constraints)}
 ALL_ROWS = {"laser": "calibrated"}  # a variation of all rows of a script
 OF_TSR = ("poor judge", "blind judge", "sgd")
+FINAL = ["--eval_every", "0"]  # nothing of these rows is drawn over the steps
 # {first}: the folder of the first row, same seed
-ON = ["--eval_every", "0", "--products", "{first}", "--stage"]
+ON = [*FINAL, "--products", "{first}", "--stage"]
 # script: rows of the table; the first one sets the number of sampled tokens or of steps
 ROWS = {
     "gcpo": {
@@ -120,19 +121,19 @@ ROWS = {
         "dapo": ["--method", "dapo"],
         "gspo": ["--method", "gspo"],
         "gspo, lr 1e-4": ["--method", "gspo", "--lr", "1e-4"],
-        "grpo, lr 1e-4": ["--method", "grpo", "--lr", "1e-4"],
-        "gcpo, KL": ["--kl_beta", "0.04"],
-        "gcpo, 4 updates": ["--updates", "4"],
-        "gcpo, 4 updates, token ratio": ["--updates", "4", "--ratio", "token",
+        "grpo, lr 1e-4": [*FINAL, "--method", "grpo", "--lr", "1e-4"],
+        "gcpo, KL": [*FINAL, "--kl_beta", "0.04"],
+        "gcpo, 4 updates": [*FINAL, "--updates", "4"],
+        "gcpo, 4 updates, token ratio": [*FINAL, "--updates", "4", "--ratio", "token",
                                          "--clip_low", "0.2", "--clip_high", "0.28"],
     },
     "laser": {
-        "laser": [],
-        "grpo": ["--method", "grpo"],
-        "laser, alpha 0.1": ["--alpha", "0.1"],
-        "laser, tau 0": ["--tau", "0"],
-        "laser, better start": [],
-        "grpo, better start": ["--method", "grpo"],
+        "laser": FINAL,
+        "grpo": [*FINAL, "--method", "grpo"],
+        "laser, alpha 0.1": [*FINAL, "--alpha", "0.1"],
+        "laser, tau 0": [*FINAL, "--tau", "0"],
+        "laser, better start": FINAL,
+        "grpo, better start": [*FINAL, "--method", "grpo"],
     },
     "carft": {
         "carft": [],
@@ -141,7 +142,7 @@ ROWS = {
         "drgrpo": ["--method", "drgrpo"],
         "carft, hot": ["--hot"],
         "reft, hot": ["--hot", "--method", "reft"],
-        "carft, code parity": ["--code_parity"],
+        "carft, code parity": [*FINAL, "--code_parity"],
         "carft, lambda 0": ["--cl_coef", "0"],
         "carft, hot, lambda 0": ["--hot", "--cl_coef", "0"],
     },
@@ -179,7 +180,8 @@ ROWS = {
     },
 }
 # script: rows or variations that have the first so many seeds only
-FEW_SEEDS = {"temporal_sr": dict.fromkeys(OF_TSR, 3),
+FEW_SEEDS = {"laser": {"laser, alpha 0.1": 3, "better start": 3},
+             "temporal_sr": dict.fromkeys(OF_TSR, 3),
              "light_if": {"rubber stamp": 1, **dict.fromkeys(
                  ("five constraints", "tea x 10", "tea uniform", "tea released"), 3)}}
 EQUAL_STEPS = ("laser", "carft", "temporal_sr", "light_if")  # no row stops at the first's tokens
@@ -212,11 +214,11 @@ COLUMNS = {  # of the printed table; the .json has every number
                  "instruction_strict", "checked", "checked of zero_rl", "length", "entropy",
                  "entropy of sft", "accuracy, hard"],
 }
-CURVES = {"gcpo": ["groups/all_wrong", "eval/accuracy", "eval/accuracy/level4"],
-          "laser": ["eval/accuracy", "verify/f1"],
-          "carft": ["eval/accuracy", "eval/accuracy/level4", "cl/cos_correct", "cl/cos_wrong"],
+CURVES = {"gcpo": ["groups/all_wrong", "eval/accuracy/level4"],
+          "laser": ["verify/f1"],
+          "carft": ["eval/accuracy"],
           "temporal_sr": ["gap/grader", "pairs/similarity", "eval/win_rate"],
-          "light_if": ["entropy", "sample/checked", "eval/accuracy"]}
+          "light_if": ["entropy", "sample/checked"]}
 
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
@@ -249,6 +251,8 @@ def history(script, folder):
                           for k in ("accuracy", "checked", "entropy", "length", "greedy")}
         return found
     accuracy = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r]
+    if len(accuracy) < 3:
+        return {}
     return {"accuracy at half": at_half(rows),
             "worst_drop": max(max(accuracy[:i + 1]) - a for i, a in enumerate(accuracy))}
 
@@ -454,7 +458,8 @@ def main():
                                 for x in (name, other))
                 steps = round(summary(folders[name][0])["steps"] * mine / theirs)
                 jobs[other] = [pool.submit(run, script, f"{other}, equal seconds",
-                                           [*ROWS[script][other], "--steps", str(steps)], s)
+                                           [*FINAL, *ROWS[script][other],
+                                            "--steps", str(steps)], s)
                                for s in seeds]
             folders |= {f"{other}, equal seconds": [j.result() for j in jobs[other]]
                         for other in EQUAL_SECONDS.get(script, ())}

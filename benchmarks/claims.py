@@ -197,6 +197,7 @@ def row_of(result, claim):
         return f"| {claim.text} | {claim.paper} | - | **not tested**: {why} |"
     a = values_of(result, *claim.a)
     b = values_of(result, *claim.b, like=a)
+    a, b = zip(*zip(a, b))  # the seeds that both have
     differences = [x - y for x, y in zip(a, b)]
     mean, half = statistics.fmean(differences), interval(differences)
     holds = half is not None and mean - half > 0

@@ -388,7 +388,7 @@ def more(script, folders):
     if script == "light_if":
         stages = {r["stage/number"]: r["step"] - 1
                   for r in reversed(metrics(folders["light_if"][0])) if "stage/number" in r}
-        return {"stage_starts": {int(stage): step for stage, step in stages.items() if stage}}
+        return {"stage_starts": {int(stage): stages[stage] for stage in sorted(stages) if stage}}
     return {}
 
 

@@ -96,17 +96,17 @@ def laser(result, axes):
     ax = axes[1]
     ax.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":", label="perfectly calibrated")
     for row in ("grpo", "laser"):
-        bins = [(n, score / n, right / n)
-                for n, score, right in result["calibration"][row] if n >= 20]
-        ax.plot([b[1] for b in bins], [b[2] for b in bins], marker="o", label=rows[row],
-                color=colour(rows[row]))
+        score, right = zip(*((score, right) for score, right, n in result["calibration"][row]
+                             if n >= 20))
+        ax.plot(score, right, marker="o", label=rows[row], color=colour(rows[row]))
     style(ax, "can the verdict be taken at its word?", xlabel="score of a solution (bins of 0.1)",
           ylabel="share of these that is correct", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     ax.legend(fontsize=8)
     bars(axes[2], result, rows, {"mean@8": "one", "maj@8": "majority\nof 8",
                                  "weighted_maj@8": "weighted\nby score",
                                  "best_of@8": "best score\nof 8"},
-         "do votes weighted by the score help?", ylabel="held-out accuracy", ylim=(0.45, None))
+         "do votes weighted by the score help?", ylabel="held-out accuracy (axis from 0.45)",
+         ylim=(0.45, None))
 
 
 def carft(result, axes):

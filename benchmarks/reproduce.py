@@ -380,16 +380,26 @@ def tabulate(script, folders):
 
 def more(script, folders):
     """What a script's figure shows besides rows and curves."""
-    if script == "laser":  # the bins of all seeds
-        bins = {row: [json.loads((f / "calibration.json").read_text()) for f in found]
-                for row, found in folders.items() if (found[0] / "calibration.json").exists()}
-        return {"calibration": {row: [[sum(x) for x in zip(*same)] for same in zip(*found)]
-                                for row, found in bins.items()}}
+    if script == "laser":
+        return {"calibration": {row: pooled([bin for f in found for bin in json.loads(
+                    (f / "calibration.json").read_text())])
+                for row, found in folders.items() if (found[0] / "calibration.json").exists()}}
     if script == "light_if":
         stages = {r["stage/number"]: r["step"] - 1
                   for r in reversed(metrics(folders["light_if"][0])) if "stage/number" in r}
         return {"stage_starts": {int(stage): stages[stage] for stage in sorted(stages) if stage}}
     return {}
+
+
+def pooled(bins):
+    """(mean score, share of correct, solutions) of bins of 0.1 of several runs -> those of all"""
+    found = {}
+    for score, right, n in bins:
+        total = found.setdefault(min(9, int(score * 10)), [0.0, 0.0, 0])
+        for i, x in enumerate((score * n, right * n, n)):
+            total[i] += x
+    return [[round(score / n, 5), round(right / n, 5), n]
+            for _, (score, right, n) in sorted(found.items())]
 
 
 def spread(values):

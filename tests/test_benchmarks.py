@@ -70,6 +70,11 @@ def test_a_curve_is_mean_and_deviation_over_the_runs():
     assert reproduce.curve(runs, "eval/x")["step"] == [0, 5, 9], "they end at different steps"
 
 
+def test_bins_of_several_runs_are_pooled():
+    assert reproduce.pooled([[.05, 0., 30], [1., 1., 10], [.01, .4, 10], [.95, .5, 10]]) == [
+        [.04, .1, 40], [.975, .75, 20]]
+
+
 def test_a_figure_tells_which_numbers_it_shows(tmp_path, monkeypatch):
     text = (figures.RESULTS / "gcpo.json").read_text()
     monkeypatch.setattr(figures, "RESULTS", tmp_path)

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -372,10 +373,16 @@ def tabulate(script, folders):
                       for found in folders.values() for f in found})
     return {"command": f"python benchmarks/reproduce.py --only {script}",
             "commit": ", ".join(commits), "versions": config["versions"],
-            "hardware": f"{platform.processor() or platform.machine()}, one thread per run",
+            "hardware": f"{processor()}, {os.cpu_count()} cores, one thread per run",
             "before": {k: statistics.fmean(b[k] for b in before) for k in before[0]},
             "rows": table, f"{main_measure}_differences": differences,
             "curves": curves(script, folders), **more(script, folders)}
+
+
+def processor():
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def more(script, folders):

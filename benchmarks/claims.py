@@ -121,7 +121,8 @@ CLAIMS = {
               ("sr", "similarity"), ("sr", "first similarity"), False,
               "five lines that repeat the form are .99 alike whatever is in them"),
         Claim("Better after as many updates", "win rate 29.44 against 15.71 [Tab. 1]",
-              ("tsr", "win_rate of M_2"), ("sr", "win_rate of M_2"), False, "M_2 of both"),
+              ("tsr", "win_rate of M_2"), ("sr", "win_rate of M_2"), True,
+              "M_2 of both; `tsr` has made four DPO runs for it, `sr` two"),
         Claim("Better after as many DPO runs", "win rate 29.44 against 19.69 [Tab. 1]",
               ("tsr", "win_rate"), ("sr", "win_rate"), False,
               "a small gap does not stop Self-Rewarding here. Poor judge {tsr, poor "
@@ -192,9 +193,13 @@ def decimal(x, form=".3f"):
 
 def row_of(result, claim):
     """-> the claim's row of the table"""
-    why = NUMBER.sub(lambda m: decimal(statistics.fmean(values_of(result, *m.groups()))), claim.why)
     if not claim.a:
-        return f"| {claim.text} | {claim.paper} | - | **not tested**: {why} |"
+        return f"| {claim.text} | {claim.paper} | - | **not tested**: {claim.why} |"
+    needed = {row for row, _ in (claim.a, claim.b, *NUMBER.findall(claim.why)) if row != "before"}
+    if missing := sorted(needed - set(result["rows"])):
+        return (f"| {claim.text} | {claim.paper} | - | **not tested** yet: "
+                f"{', '.join(f'`{row}`' for row in missing)} |")
+    why = NUMBER.sub(lambda m: decimal(statistics.fmean(values_of(result, *m.groups()))), claim.why)
     a = values_of(result, *claim.a)
     b = values_of(result, *claim.b, like=a)
     a, b = zip(*zip(a, b))  # the seeds that both have
@@ -204,9 +209,11 @@ def row_of(result, claim):
     if holds != claim.holds:
         sys.exit(f"claims.py: \"{claim.text}\" {'holds' if holds else 'does not hold'} now "
                  f"({mean:+.3f} ± {half}): its verdict and reason are out of date")
-    what = " ".join(f"`{row}` {decimal(statistics.fmean(x))}"
-                    for (row, _), x in ((claim.a, a), (claim.b, b)))
-    here = f"{what}: {decimal(mean, '+.3f')}" + (f" ± {decimal(half)}" if half is not None else "")
+    same = claim.a[1] == claim.b[1]
+    what = ", ".join(f"`{row}` {'' if same else metric + ' '}{decimal(statistics.fmean(x))}"
+                     for (row, metric), x in ((claim.a, a), (claim.b, b)))
+    here = (f"{claim.a[1] + ': ' if same else ''}{what}; {decimal(mean, '+.3f')}"
+            + (f" ± {decimal(half)}" if half is not None else ""))
     verdict = "holds" if holds else "does not hold"
     return f"| {claim.text} | {claim.paper} | {here} | **{verdict}**{': ' * bool(why)}{why} |"
 

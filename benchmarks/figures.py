@@ -30,7 +30,7 @@ def of(result, row, metric):
     """-> mean and standard deviation, or None"""
     if row == "before":
         return (result["before"][metric], 0.0) if metric in result["before"] else None
-    found = result["rows"][row].get(metric)
+    found = result["rows"].get(row, {}).get(metric)
     return found and (found["mean"], found["sd"])
 
 
@@ -47,6 +47,8 @@ def bars(ax, result, rows, groups, title, **labels):
     for n, (row, label) in enumerate(rows.items()):
         found = [(m + (n - (len(rows) - 1) / 2) * width, *of(result, row, metric))
                  for m, metric in enumerate(groups) if of(result, row, metric)]
+        if not found:
+            continue
         x, y, sd = zip(*found)
         ax.bar(x, y, width, yerr=sd if any(sd) else None, capsize=2, label=label,
                color=colour(label), error_kw={"lw": 1})
@@ -128,8 +130,8 @@ def carft(result, axes):
 
 def temporal_sr(result, axes):
     """chosen from the future, rejected from the past, so that DPO's pairs stay apart"""
-    rows = {"tsr": "Temporal Self-Rewarding", "sr": "Self-Rewarding", "past_only": "past only",
-            "future_only": "future only"}
+    rows = {"tsr": "Temporal Self-Rewarding, 2 runs an iteration", "sr": "Self-Rewarding", "past_only": "past only",
+            "future_only": "future only, 2 runs an iteration"}
     for ax, metric, title, xlabel, ylabel in (
             (axes[0], "gap/grader", "how far apart the pairs are", "iteration",
              "grade of chosen - rejected (0 to 5)"),

@@ -28,13 +28,14 @@ def test_a_claim_holds_if_its_whole_interval_does():
     claim = claims.Claim("Better", "+1", ("ours", "accuracy"), ("theirs", "accuracy"), True,
                          "at {theirs|accuracy}")
     assert claims.row_of(result, claim) == (
-        "| Better | +1 | `ours` .800 `theirs` .633: +.167 ± .143 | **holds**: at .633 |")
+        "| Better | +1 | accuracy: `ours` .800, `theirs` .633; +.167 ± .143 | "
+        "**holds**: at .633 |")
     claim.b = ("before", "accuracy")  # .2, .3, .4 +- .248
-    assert "+.300 ± .248 | **holds**" in claims.row_of(result, claim)
+    assert "`before` .500; +.300 ± .248 | **holds**" in claims.row_of(result, claim)
     few = table(ours=[.7, .9, .9], theirs=[.6, .6])  # of the same two seeds
     claim.b = ("theirs", "accuracy")
     claim.holds, claim.why = False, ""
-    assert "`ours` .800 `theirs` .600: +.200 ± 1.271 | **does" in claims.row_of(few, claim)
+    assert "`ours` .800, `theirs` .600; +.200 ± 1.271 | **does" in claims.row_of(few, claim)
     untested = claims.Claim("Better", "+1", why="no time")
     assert claims.row_of(result, untested) == "| Better | +1 | - | **not tested**: no time |"
 

@@ -130,8 +130,8 @@ def carft(result, axes):
 
 def temporal_sr(result, axes):
     """chosen from the future, rejected from the past, so that DPO's pairs stay apart"""
-    rows = {"tsr": "Temporal Self-Rewarding, 2 runs an iteration", "sr": "Self-Rewarding", "past_only": "past only",
-            "future_only": "future only, 2 runs an iteration"}
+    rows = {"tsr": "Temporal Self-Rewarding, 2 runs an iteration", "sr": "Self-Rewarding",
+            "past_only": "past only", "future_only": "future only, 2 runs an iteration"}
     for ax, metric, title, xlabel, ylabel in (
             (axes[0], "gap/grader", "how far apart the pairs are", "iteration",
              "grade of chosen - rejected (0 to 5)"),

@@ -179,6 +179,11 @@ def interval(values):
     return T_975.get(len(values), 2.26) * statistics.stdev(values) / len(values) ** 0.5
 
 
+def seeds(result):
+    """How many there are; some rows have fewer."""
+    return max(len(row["steps"]["seeds"]) for row in result["rows"].values())
+
+
 def values_of(result, row, metric, like=()):
     """-> a value per seed; before training there is one for all seeds, those of `like`"""
     if row == "before":
@@ -221,13 +226,12 @@ def row_of(result, claim):
 def section():
     """-> the README's section, from the .json files alone"""
     lines = []
-    for script, claims in CLAIMS.items():
+    for script, mine in CLAIMS.items():
         result = json.loads((RESULTS / f"{script}.json").read_text())
-        seeds = max(len(row["steps"]["seeds"]) for row in result["rows"].values())
         lines += [f"### {TITLES[script]}", "", f"![{script}](benchmarks/results/{script}.png)", "",
                   "| claim | paper, not comparable | here | |", "|---|---|---|---|",
-                  *(row_of(result, claim) for claim in claims), "",
-                  f"{seeds} seeds, commit {result['commit']}; all rows and metrics: "
+                  *(row_of(result, claim) for claim in mine), "",
+                  f"{seeds(result)} seeds, commit {result['commit']}; all rows and metrics: "
                   f"[{script}.md](benchmarks/results/{script}.md).", ""]
     return "\n".join(lines)
 

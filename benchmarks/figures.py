@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import claims
 import matplotlib
 
 matplotlib.use("Agg")
@@ -182,9 +183,8 @@ def draw(script):
     colours[BEFORE] = "#9e9e9e"
     fig, axes = plt.subplots(1, 3, figsize=(15, 4.2))
     globals()[script](result, axes)
-    seeds = max(len(row["steps"]["seeds"]) for row in result["rows"].values())
-    fig.suptitle(f"{script}.py: {globals()[script].__doc__}   (tiny model and task, {seeds} seeds)",
-                 fontsize=12)
+    fig.suptitle(f"{script}.py: {globals()[script].__doc__}   (tiny model and task, "
+                 f"{claims.seeds(result)} seeds)", fontsize=12)
     fig.tight_layout()
     path = RESULTS / f"{script}.png"
     fig.savefig(path, dpi=90, metadata={"Software": None,
@@ -194,5 +194,5 @@ def draw(script):
 
 
 if __name__ == "__main__":
-    for script in sys.argv[1:] or ("gcpo", "laser", "carft", "temporal_sr", "light_if"):
+    for script in sys.argv[1:] or claims.CLAIMS:
         print(draw(script))

@@ -15,8 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -104,7 +102,7 @@ def calibrated(script):
 def better_start(script):
     """In the place of the warmed-up model what gcpo.py, seed 0, made of it: it solves half of the
     hard problems."""
-    script.common.tiny_model_folder = lambda: run("gcpo", "gcpo", [], 0) / "model"
+    script.common.tiny_model_folder = lambda: folder_of("gcpo", "gcpo", 0) / "model"
 
 
 VARIATIONS = {f.__name__.replace("_", " "): f for f in (
@@ -320,10 +318,14 @@ def seeds_of(script, row, seeds):
     return seeds[:FEW_SEEDS.get(script, {}).get(variation_of(row) or row)]
 
 
+def folder_of(script, name, seed):
+    slug = "".join(c if c.isalnum() or c == "-" else "_" for c in name)
+    return ROOT / "runs" / "reproduce" / f"{script}-{slug}-s{seed}"
+
+
 def run(script, name, flags, seed):
     """One run, or what is left of it. -> its folder"""
-    slug = "".join(c if c.isalnum() or c == "-" else "_" for c in name)
-    folder = ROOT / "runs" / "reproduce" / f"{script}-{slug}-s{seed}"
+    folder = folder_of(script, name, seed)
     if (folder / "summary.json").exists():
         return folder
     command = [sys.executable, str(ROOT / f"{script}.py")]
@@ -345,6 +347,8 @@ def run(script, name, flags, seed):
 
 def tabulate(script, folders):
     """Per row of ROWS and metric: the values of every seed, their mean and standard deviation."""
+    from speed import processor  # here: it loads torch, which the runs need not wait for
+
     table = {}
     for name, found in folders.items():
         summaries = [summary(f) for f in found]
@@ -377,12 +381,6 @@ def tabulate(script, folders):
             "before": {k: statistics.fmean(b[k] for b in before) for k in before[0]},
             "rows": table, f"{main_measure}_differences": differences,
             "curves": curves(script, folders), **more(script, folders)}
-
-
-def processor():
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
-    return name[1] if name else platform.processor() or platform.machine()
 
 
 def more(script, folders):
@@ -418,12 +416,12 @@ def spread(values):
 def markdown(script, result, columns):
     """The table and the differences."""
     before = [f"{result['before'][k]:.3f}" if k in result["before"] else "-" for k in columns]
-    seeds = max(len(row["steps"]["seeds"]) for row in result["rows"].values())
     lines = [f"# {script}.py on the embedded default", "",
              f"`{result['command']}` at commit {result['commit']}; "
              f"torch {result['versions']['torch']}, transformers "
              f"{result['versions']['transformers']}; {result['hardware']}. Mean ± standard "
-             f"deviation over seeds 0-{seeds - 1}; every value is in {script}.json.", "",
+             f"deviation over seeds 0-{claims.seeds(result) - 1}; every value is in {script}.json.",
+             "",
              "| method | " + " | ".join(k.replace("accuracy/", "") for k in columns)
              + " | steps | sampled tokens | CPU s of training | seeds |",
              "|---" * (len(before) + 5) + "|",
@@ -456,8 +454,10 @@ def main():
     import light_if
 
     for script in [args.only] if args.only else ROWS:
-        # warmed up here, or every job would do it at once
+        # what many jobs begin with is made here, or each would make it at once
         light_if.tiny_folder() if script == "light_if" else common.tiny_model_folder()
+        if script == "laser":
+            run("gcpo", "gcpo", ROWS["gcpo"]["gcpo"], 0)
         (name, flags), *baselines = ROWS[script].items()
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = {name: [pool.submit(run, script, name, flags, s) for s in seeds]}

@@ -581,12 +581,16 @@ def has_trl():
     return True
 
 
-def about():
+def processor():
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    return cpu[1] if cpu else "unknown"
+
+
+def about():
     git = subprocess.run("git describe --always --dirty".split(), cwd=ROOT, capture_output=True)
     libraries = ["torch", "transformers"] + ["trl"] * has_trl()
-    return {"commit": git.stdout.decode().strip(), "cpu": cpu[1] if cpu else "unknown",
+    return {"commit": git.stdout.decode().strip(), "cpu": processor(),
             "instructions": torch.backends.cpu.get_cpu_capability(), "threads": 1,
             "python": sys.version.split()[0],
             **{x: importlib.metadata.version(x) for x in libraries}}

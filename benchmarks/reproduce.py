@@ -214,7 +214,7 @@ COLUMNS = {  # of the printed table; the .json has every number
                  "entropy of sft", "accuracy, hard"],
 }
 CURVES = {"gcpo": ["groups/all_wrong", "eval/accuracy/level4"],
-          "laser": ["verify/f1"],
+          "laser": [],
           "carft": ["eval/accuracy"],
           "temporal_sr": ["gap/grader", "pairs/similarity", "eval/win_rate"],
           "light_if": ["entropy", "sample/checked"]}

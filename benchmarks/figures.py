@@ -123,7 +123,7 @@ def carft(result, axes):
           "eval/accuracy", "three times the rate (--hot)", xlabel="step",
           ylabel="held-out accuracy")
     bars(axes[2], result, {"carft": "CARFT", "reft, equal seconds": "ReFT",
-                           "sft, equal seconds": "SFT", "drgrpo, equal seconds": "Dr. GRPO"},
+                           "drgrpo, equal seconds": "Dr. GRPO"},
          {"accuracy": "all", **{f"accuracy/level{n}": str(n) for n in (2, 3, 4)}},
          "after equal CPU time", xlabel="steps that a problem takes", ylabel="held-out accuracy")
     axes[0].legend(fontsize=8)

@@ -28,10 +28,10 @@ def colour(label):
 
 
 def of(result, row, metric):
-    """-> mean and standard deviation, or None"""
+    """-> mean and standard deviation; None for a stage that the row does not have"""
     if row == "before":
-        return (result["before"][metric], 0.0) if metric in result["before"] else None
-    found = result["rows"].get(row, {}).get(metric)
+        return result["before"][metric], 0.0
+    found = result["rows"][row].get(metric)
     return found and (found["mean"], found["sd"])
 
 
@@ -46,11 +46,8 @@ def bars(ax, result, rows, groups, title, **labels):
     """Grouped bars. rows: {row: its label}; groups: {metric: its label}"""
     width = 0.8 / len(rows)
     for n, (row, label) in enumerate(rows.items()):
-        found = [(m + (n - (len(rows) - 1) / 2) * width, *of(result, row, metric))
-                 for m, metric in enumerate(groups) if of(result, row, metric)]
-        if not found:
-            continue
-        x, y, sd = zip(*found)
+        x = [m + (n - (len(rows) - 1) / 2) * width for m in range(len(groups))]
+        y, sd = zip(*(of(result, row, metric) for metric in groups))
         ax.bar(x, y, width, yerr=sd if any(sd) else None, capsize=2, label=label,
                color=colour(label), error_kw={"lw": 1})
     style(ax, title, xticks=range(len(groups)), **labels)
@@ -60,14 +57,13 @@ def bars(ax, result, rows, groups, title, **labels):
 def lines(ax, result, rows, metric, title, x="step", shift=None, **labels):
     """A curve with its band per row. rows: {row: its label}; shift: {row: its first step}"""
     for row, label in rows.items():
-        curve = result["curves"].get(row, {}).get(metric)
-        if curve:
-            at = [n + (shift or {}).get(row, 0) for n in curve[x]]
-            lower, upper = ([m + s * sd for m, sd in zip(curve["mean"], curve["sd"])]
-                            for s in (-1, 1))
-            ax.plot(at, curve["mean"], label=label, color=colour(label),
-                    marker="o" if len(at) < 15 else None, ms=3)
-            ax.fill_between(at, lower, upper, color=colour(label), alpha=0.15, lw=0)
+        curve = result["curves"][row][metric]
+        at = [n + (shift or {}).get(row, 0) for n in curve[x]]
+        lower, upper = ([m + s * sd for m, sd in zip(curve["mean"], curve["sd"])]
+                        for s in (-1, 1))
+        ax.plot(at, curve["mean"], label=label, color=colour(label),
+                marker="o" if len(at) < 15 else None, ms=3)
+        ax.fill_between(at, lower, upper, color=colour(label), alpha=0.15, lw=0)
     style(ax, title, **labels)
 
 

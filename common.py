@@ -215,38 +215,11 @@ def saved_config(cls, script, typed, flag):
 
 def seed_everything(cfg):
     """Seeds the generators that a checkpoint keeps; one CPU thread for the tiny model, whose
-    matrices are so small that a second thread mostly waits; on a CPU the faster matrix products,
-    unless responses are so long that attention without flash would need much memory."""
+    matrices are so small that a second thread mostly waits."""
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     if cfg.model == "tiny":
         torch.set_num_threads(1)
-    if cfg.device == "cpu" and cfg.max_new_tokens <= 512 and medium_is_exact():
-        matmul_kernels("medium")
-
-
-def medium_is_exact():
-    """Whether float32 matrix products at torch's precision "medium" run in another kernel, and one
-    as exact as that of "highest". On some CPUs (AVX-512) it is oneDNN's, faster and in float32; on
-    others (AMX) it is in bfloat16; on the rest there is no other."""
-    generator, found = torch.Generator().manual_seed(0), {}
-    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
-    before = torch.get_float32_matmul_precision()
-    for precision in ("medium", "highest"):
-        torch.set_float32_matmul_precision(precision)
-        found[precision] = a @ b
-    torch.set_float32_matmul_precision(before)
-    error = {k: (v.double() - a.double() @ b.double()).norm() for k, v in found.items()}
-    return not torch.equal(*found.values()) and bool(error["medium"] < 2 * error["highest"])
-
-
-def matmul_kernels(precision):
-    """Sets the precision; "medium" switches flash attention off, which is slow there on a CPU:
-    attention is made of matrix products, too. -> the precision before"""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(precision == "highest")  # the CPU heeds it, too
-    return before
 
 
 # --------------------------------------------------------------------------------------- models
@@ -945,9 +918,7 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     longest = max_new_tokens + max(map(len, prompts), default=0)
     step = max(1, min(rows, KV_BYTES // (kv_bytes(model) * longest)) // group)
-    done, before = {}, None
-    if model.device.type == "cpu":  # the kernels of "medium" start slowly on each new shape
-        before = matmul_kernels("highest")
+    done = {}
     starts = range(0, len(order), step)
     for start in tqdm(starts, "sampling", leave=False, disable=None if len(starts) > 9 else True):
         chosen = order[start:start + step]
@@ -955,8 +926,6 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
                        temperature, generator, read)
         for n, i in enumerate(chosen):
             done[i] = found[n * group:(n + 1) * group]
-    if before:
-        matmul_kernels(before)
     return [s for i in range(len(prompts)) for s in done[i]]
 
 
@@ -990,7 +959,7 @@ def decode(model, tok, prompts, group, max_new_tokens, temperature, generator, r
     position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=lm.config)
     logits = lm(input_ids=ids, attention_mask=mask[:, :width].long(), position_ids=position,
-                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     # sdpa takes what it adds to its scores as it is: that skips transformers' mask code
     layers = set(getattr(lm.config, "layer_types", None) or ["full_attention"])
     ready = (lm.config._attn_implementation == "sdpa" and layers == {"full_attention"}
@@ -1066,7 +1035,7 @@ class Forward:
 
     def __call__(self, token, position, seen):
         return self.lm(input_ids=token, attention_mask=seen, position_ids=position,
-                       past_key_values=self.cache, use_cache=True).logits[:, -1]
+                       cache=self.cache, use_cache=True).logits[:, -1]
 
 
 class GraphedForward(Forward):

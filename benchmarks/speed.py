@@ -20,7 +20,6 @@ HOW CPU time of this process on one thread, float32: wall time where a core is f
     each token with probability 1/64: with at most 64 tokens, the mean response has 41.
 """
 
-import functools
 import importlib.metadata
 import json
 import math
@@ -249,27 +248,15 @@ def is_even(text, _):
     return float(len(text.split()) % 2 == 0)
 
 
-@functools.cache
-def fastest_kernels():
-    return "medium" if common.medium_is_exact() else "highest"
-
-
-def kernels_of_trl():
-    """-> (its default; the switch that ours has on this CPU), where that is another."""
-    return {"": "highest"} | ({", TRL with the matmul switch": "medium"}
-                              if fastest_kernels() == "medium" else {})
-
-
 def grpo():
     result = {}
     for size, prompts, rounds in (("tiny", 8, 9), ("tiny", 32, 9), ("1M", 8, 9), ("20M", 8, 3)):
-        for more, kernels in kernels_of_trl().items():
-            title = f"GRPO step, {size}, {prompts} prompts{more}"
-            result[title] = grpo_step(title, size, prompts, rounds, kernels)
+        title = f"GRPO step, {size}, {prompts} prompts"
+        result[title] = grpo_step(title, size, prompts, rounds)
     return result
 
 
-def grpo_step(title, size, n_prompts, rounds, kernels, dropped=2):
+def grpo_step(title, size, n_prompts, rounds, dropped=2):
     """After each step of TRL (on_step_begin to on_step_end) come two of ours on the same prompts:
     with every row, which is equal work, and as gcpo.py does it, without the rows of advantage 0,
     which add nothing to the gradient; how many those are depends on the policy."""
@@ -288,12 +275,10 @@ def grpo_step(title, size, n_prompts, rounds, kernels, dropped=2):
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            common.matmul_kernels(kernels)
             now["start"] = time.process_time()
 
         def on_step_end(self, *_, **__):
             done["trl"].append((time.process_time() - now["start"], now["tokens"]))
-            common.matmul_kernels(fastest_kernels())
             for skip, side in enumerate(("ours", "ours, flat rows skipped")):
                 done[side].append(timed(our_step, cfg, policy, tok, opt, now["problems"], judge,
                                         skip))
@@ -301,7 +286,6 @@ def grpo_step(title, size, n_prompts, rounds, kernels, dropped=2):
     trainer = trl_trainer("grpo", cfg, policy, tok, rows, reward)
     trainer.add_callback(Turns())
     trainer.train()
-    common.matmul_kernels("highest")
     return compare(title, {side: x[dropped:] for side, x in done.items()})
 
 
@@ -318,15 +302,14 @@ def dpo(size="1M", pairs=64, rounds=7, dropped=1):
             for _ in range((dropped + rounds) * pairs)]
     cfg = temporal_sr.parse(["--batch", str(pairs), "--lr", "1e-6", "--device", "cpu"])
     result = {}
-    for more, kernels in kernels_of_trl().items():
-        for precomputed in (False, True):
-            title = f"DPO step, {size}{', reference precomputed' if precomputed else ''}{more}"
-            done = dpo_steps(policy, tok, data, cfg, precomputed, kernels)
-            result[title] = compare(title, {side: x[dropped:] for side, x in done.items()})
+    for precomputed in (False, True):
+        title = f"DPO step, {size}{', reference precomputed' if precomputed else ''}"
+        done = dpo_steps(policy, tok, data, cfg, precomputed)
+        result[title] = compare(title, {side: x[dropped:] for side, x in done.items()})
     return result
 
 
-def dpo_steps(policy, tok, data, cfg, precomputed, kernels):
+def dpo_steps(policy, tok, data, cfg, precomputed):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -357,12 +340,10 @@ def dpo_steps(policy, tok, data, cfg, precomputed, kernels):
                 fetched.clear()  # what the reference was computed of
 
             def on_step_begin(self, *_, **__):
-                common.matmul_kernels(kernels)
                 now["start"], now["batch"] = time.process_time(), fetched.pop(0)
 
             def on_step_end(self, *_, **__):
                 spent = time.process_time() - now["start"]
-                common.matmul_kernels(fastest_kernels())
                 batch = [[temporal_sr.Candidate(common.Sample(p, [*y, tok.eos_token_id], "", True),
                                                 "data") for y in (w, x)]
                          for p, w, x in now["batch"]]
@@ -381,7 +362,6 @@ def dpo_steps(policy, tok, data, cfg, precomputed, kernels):
 
         trainer.add_callback(Turns())
         trainer.train()
-    common.matmul_kernels("highest")
     temporal_sr.batch_logps = compute
     return done
 

@@ -167,65 +167,6 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
     assert list(common.micro_batches([], 60)) == []
 
 
-@pytest.mark.parametrize("product,exact", [
-    (lambda a, b: (a.double() @ b.double()).float(), True),   # another kernel, in float32
-    (lambda a, b: (a.bfloat16() @ b.bfloat16()).float(), False),
-    (lambda a, b: torch.mm(a, b), False)])  # the same kernel: nothing to gain
-def test_a_faster_matmul_is_taken_only_where_it_is_exact(monkeypatch, product, exact):
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (
-        product(a, b) if a.dtype == torch.float32 and
-        torch.get_float32_matmul_precision() == "medium" else torch.mm(a, b)))
-    assert common.medium_is_exact() == exact
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_kernels_of_training_and_of_sampling(tiny, monkeypatch):
-    """With "medium" training has attention without flash, and the same gradient; sampling has
-    "highest" and flash, and leaves "medium" behind."""
-    model, tok = tiny
-    monkeypatch.setattr(common, "medium_is_exact", lambda: True)
-    samples = common.sample(model, tok, prompts(tok, 4), 2, 20, 1.0)
-    ids, mask = common.collate(samples, "cpu")
-    now = []
-    decode = common.decode
-    monkeypatch.setattr(common, "decode", lambda *a: (now.append((
-        torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled())),
-        decode(*a))[1])
-
-    def gradient():
-        model.zero_grad()
-        common.response_logps(model, ids, mask, 1.0)[0].sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    before = gradient()
-    try:
-        common.seed_everything(SimpleNamespace(
-            seed=0, model="tiny", device="cpu", max_new_tokens=64))
-        assert torch.get_float32_matmul_precision() == "medium"
-        with torch.profiler.profile() as trace:
-            after = gradient()
-        assert not any("flash" in e.key for e in trace.key_averages())
-        common.sample(model, tok, prompts(tok, 2), 1, 3, 1.0)
-        assert now == [("highest", True)]
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert not torch.backends.cuda.flash_sdp_enabled()
-    finally:
-        common.matmul_kernels("highest")
-        model.zero_grad()
-    assert torch.allclose(before, after, atol=1e-5 * before.abs().max().item())
-
-
-def test_long_responses_keep_flash_attention(monkeypatch):
-    """Without it attention takes memory quadratic in the length."""
-    monkeypatch.setattr(common, "medium_is_exact", lambda: True)
-    for n, precision in ((513, "highest"), (512, "medium")):
-        common.seed_everything(SimpleNamespace(seed=0, model="tiny", device="cpu",
-                                               max_new_tokens=n))
-        now = torch.get_float32_matmul_precision()
-        common.matmul_kernels("highest")
-        assert now == precision
-
-
 def test_mask_is_positional():
     # 7 is pad, EOS and an ordinary id here: only positions decide
     samples = [Sample((7, 7), [7, 3, 7], "", True), Sample((5,), [7], "", True)]

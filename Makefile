@@ -1,4 +1,4 @@
-# make run | test | lint | results | bench | fault | clean. Needs python3 >= 3.10 and make; everything else goes to .venv,
+# make run | test | lint | results | bench | fault | clean. Needs python3 >= 3.11 and make; everything else goes to .venv,
 # for `make bench`, which compares with TRL, to .venv-bench.
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -11,7 +11,7 @@ test: .venv/installed
 	$(PY) -m pytest -q tests $(ARGS)
 
 lint: .venv/installed
-	$(PY) -m ruff check --line-length 100 --select $(LINT) *.py tests benchmarks
+	$(PY) -m ruff check --line-length 100 --select $(LINT) *.py tests benchmarks tiny
 
 results: .venv/installed
 	$(PY) benchmarks/reproduce.py $(ARGS)
@@ -26,7 +26,7 @@ bench: .venv-bench/installed
 .venv-bench/installed: MORE = trl
 
 .venv/installed .venv-bench/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit("python3 >= 3.10 is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit("python3 >= 3.11 is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
 	$(@D)/bin/python -m pip install --quiet -r requirements.txt $(MORE)

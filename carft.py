@@ -56,8 +56,9 @@ WHAT IS KNOWN OF THE PAPER
     D9  learning rates fall linearly to 0 over --steps, for all methods [code: by the HF default;
         ReFT and DrGRPO: constant]; stage 1 likewise. A finished run that is resumed with more
         --steps starts again on the line to the new end. Gradient norm 1 [ReFT]
-    D10 prompts are the code's plain text, not a chat template, also for instruct models; the tiny
-        model has its own. A CoT's closing "#### n" becomes the code's closing sentence
+    D10 prompts are the code's plain text, not a chat template, also for instruct models, and a
+        CoT's closing "#### n" becomes the code's closing sentence; a model whose config.json says
+        that it was trained with another prompt, as the tiny one's does, keeps both as they are
     D11 the tiny task's annotators are terse for half of the problems, two operations per step:
         more than the tiny model can compute, so that imitating is not enough [ours]
     D12 one sample per question in carft and reft [code]
@@ -73,7 +74,6 @@ RUN     python carft.py                              # tiny model, CPU, offline,
 """
 
 import math
-import random
 import re
 import statistics
 from dataclasses import dataclass
@@ -101,6 +101,7 @@ from common import (
     hidden_states,
     keep_sft,
     micro_batches,
+    own_prompt,
     parse_config,
     problem_stream,
     reference_policy,
@@ -122,6 +123,9 @@ from common import (
 
 @dataclass
 class Config(common.Config):
+    tiny = dict(model="arithmetic", train="arithmetic/annotated.jsonl",
+                test="arithmetic/annotated_test.jsonl")  # solutions terse or not (D11)
+
     method: Literal["carft", "reft", "sft", "drgrpo"] = arg("carft", "the paper's, or a baseline")
     # stage 1
     sft_epochs: int = arg(2, "epochs of SFT on the annotated CoT, 0 = none [code: 2]")
@@ -160,15 +164,14 @@ METHODS = {"carft": dict(PPO, head="shared", cl_coef=0.1),                      
            "drgrpo": dict(head="separate", cl_coef=0.0, ppo_epochs=1, group=8, lr=1e-6,
                           partial_reward="none")}                                       # [DrGRPO]
 # The tiny model's own values, used where no flag was given.
-TINY = dict(steps=200, max_new_tokens=64, sft_lr=1e-3, lr=2e-4, head_lr=2e-3, kl_coef=0.01,
-            vf_coef=0.1, eval_size=0, eval_every=25, save_every=50,
+TINY = dict(dataset="tiny", device="cpu", steps=200, max_new_tokens=64, sft_lr=1e-3, lr=2e-4,
+            head_lr=2e-3, kl_coef=0.01, vf_coef=0.1, eval_size=0, eval_every=25, save_every=50,
             carft=dict(cl_coef=0.01), sft=dict(lr=1e-4), drgrpo=dict(prompts=16, group=4),
             hot=dict(lr=6e-4, vf_coef=1.0, head_only_steps=0))
 SIZE = 64                  # of a CoT vector [code]
 TEMPERATURE, CEILING = 0.2, 0.9  # tau, and the cosine from which a pair is pulled no more [code]
 CLIP = 0.2                 # of the ratio and of the value [code]
 SFT_BATCH = 64             # annotated CoT per step of stage 1 [code]
-LEVELS, ANNOTATED = (2, 3, 4), 2000  # of the tiny task: 2 to 4 steps, so many annotated CoT [ours]
 VECTORS = 256              # held-out CoT in the evaluation of the vectors [ours]
 PROMPT = "Question:\n{question}\nAnswer reasoning:\n"                                   # [code]
 TRIGGER = "\nTherefore, the answer is: "                                                # [code]
@@ -176,7 +179,6 @@ TRIGGER = "\nTherefore, the answer is: "                                        
 METRICS = {
     "reward/mean": "mean reward: 1 correct, 0.1 (see --partial_reward) another number, 0 none",
     **common.SAMPLING_METRICS,
-    "sample/terse": "tiny problems: share of responses with a step of two operations",
     "policy/loss": "PPO-clip loss, mean of the epochs; in the first minus the mean advantage",
     "policy/clipped": "share of ratios that are clipped, mean of the epochs; 0 in the first",
     "policy/kl": "mean log pi_old - log pi_ref per response, nats",
@@ -193,7 +195,7 @@ METRICS = {
 }
 CURVES = {
     "held-out greedy accuracy": ["eval/accuracy", "eval/accuracy/level*"],
-    "in training": ["reward/accuracy", "value/explained", "sample/terse"],
+    "in training": ["reward/accuracy", "value/explained"],
     "cosine to the annotated CoT": ["cl/cos_*"],
     "KL to the SFT policy, nats": ["policy/kl"],
 }
@@ -260,47 +262,29 @@ def rewards(right, number, partial):
     return torch.where(right, 1.0, torch.where(number, partial, 0.0))
 
 
-def terse(solution):
-    """A terse annotator's version of a tiny solution: two operations per step.
-
-    `12-5=7 / 7+17=24 / #### 24` -> `12-5+17=24 / #### 24`
-    """
-    *steps, last = solution.split("\n")
-    merged = []
-    for first, *second in (steps[i:i + 2] for i in range(0, len(steps), 2)):
-        more = [re.sub(r"^\d+", "", s) for s in second]
-        merged.append("".join([first.split("=")[0] if more else first, *more]))
-    return "\n".join([*merged, last])
-
-
-def is_terse(text):
-    """Has a tiny response a step of two operations?"""
-    return re.search(r"^\d+[+-]\d+[+-]", text, re.M) is not None
-
-
-def annotated_cot(problem, cfg, tok):
-    """The annotated CoT in the form that SFT teaches, "" if the problem has none (D10, D11)."""
+def annotated_cot(problem, own_form):
+    """The annotated CoT in the form that SFT teaches, "" if the problem has none. `own_form`: as
+    the data have it, for a model that was trained so (D10)."""
     cot = problem.solution
-    if cfg.dataset == "tiny" and random.Random(problem.question).random() < 0.5:
-        cot = terse(cot)
-    if cfg.dataset == "tiny" and tok.chat_template == common.TINY_TEMPLATE:
+    if own_form:
         return cot
     cot = re.sub(r"\s*####[^\n]*\s*$", "", cot)
     return cot and cot + TRIGGER + problem.answer
 
 
-def annotate(problems, tok, cfg):
+def annotate(problems, policy, tok, cfg):
     """-> [(problem, its annotated CoT as a Sample)] of those that have one that a response may be
     as long as; each question once."""
-    texts = {p.question: (p, annotated_cot(p, cfg, tok)) for p in problems}
+    own_form = own_prompt(policy, "instruction") is not None
+    texts = {p.question: (p, annotated_cot(p, own_form)) for p in problems}
     have = [(p, text) for p, text in texts.values() if text]
     found = as_samples(tok, [p.prompt for p, _ in have], [text for _, text in have])
     return [(p, s) for (p, _), s in zip(have, found) if len(s.tokens) <= cfg.max_new_tokens]
 
 
-def annotated_set(problems, tok, cfg):
+def annotated_set(problems, policy, tok, cfg):
     """The training problems as `annotate` gives them, enough for a batch; says how many."""
-    train = annotate(problems, tok, cfg)
+    train = annotate(problems, policy, tok, cfg)
     have = (f"{len(train)} of {len(problems)} problems have a question of their own and an "
             f"annotated CoT (a solution) of at most --max_new_tokens {cfg.max_new_tokens} tokens")
     print(have)
@@ -644,8 +628,8 @@ def main(argv=None):
     cfg = parse(argv)
     run = Run(cfg, "carft", METRICS, CURVES)
     sft = run.folder.resolve() / "sft"
-    policy, tok, problems, held_out, _ = set_up(cfg, sft if sft.is_dir() else None, PROMPT, LEVELS)
-    train = annotated_set(problems[:ANNOTATED if cfg.dataset == "tiny" else None], tok, cfg)
+    policy, tok, problems, held_out, _ = set_up(cfg, sft if sft.is_dir() else None, PROMPT)
+    train = annotated_set(problems, policy, tok, cfg)
     run.open()
 
     # stage 1
@@ -659,7 +643,7 @@ def main(argv=None):
     trained = torch.nn.ModuleList([policy, heads])
     reference = frozen_reference(policy) if ppo else None
     opt = MasterAdamW(policy, heads, lr=cfg.lr)
-    pairs = annotate(held_out, tok, cfg)[:VECTORS] if contrast else []
+    pairs = annotate(held_out, policy, tok, cfg)[:VECTORS] if contrast else []
 
     def test():
         vectors = evaluate_vectors(policy, heads, tok, pairs, cfg, run.folder) if pairs else {}
@@ -765,8 +749,6 @@ def step_statistics(batch, right, trained_rows, losses, cfg, tokens):
             abs(a - b) for epoch, i, logp, _ in trained_rows if epoch == 0
             for a, b in zip(response_part(batch[i], logp), batch[i].logps))
         values["policy/clipped"] = statistics.fmean(cut for *_, cut in trained_rows)
-    if cfg.dataset == "tiny":
-        values["sample/terse"] = statistics.fmean(is_terse(s.text) for s in batch)
     on = (True, cfg.method in ("carft", "reft"), cfg.cl_coef > 0)
     for name, x, loss in zip(("policy/loss", "value/loss", "cl/loss"), on, zip(*losses)):
         if x:

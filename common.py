@@ -1,14 +1,15 @@
 """Plumbing shared by the five scripts. Nothing in here carries an equation number of a paper.
 
 In the order a run meets it:
-    config and CLI - models - data - the embedded tiny model - sampling - log-probabilities -
-    answer checking - evaluation - run folder, metrics, checkpoints
+    config and CLI - models - data - sampling - log-probabilities - answer checking - evaluation -
+    run folder, metrics, checkpoints
 
 SHAPES  B prompts, G responses each, N = B*G rows, L columns (prompt + response), V vocabulary.
         Row i belongs to prompt i // G. Log-probabilities are in nats.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -50,7 +51,6 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 from transformers.hf_argparser import HfArg, HfArgumentParser, string_to_bool
 
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -66,9 +66,11 @@ def arg(default, help, **kw):
 class Config:
     """The flags that mean the same in every script. Each script adds its paper's own."""
 
+    # What the names `--model tiny` and `--dataset tiny` stand for, in the folder tiny/; no flag.
+    tiny = dict(model="arithmetic", train="arithmetic/train.jsonl", test="arithmetic/test.jsonl")
+
     model: str = arg("tiny", "tiny, a folder, a Hub id, or a bare name such as Qwen2.5-1.5B")
-    dataset: str = arg("", "built-in name ({data}), Hub id, or .jsonl/.json/.parquet file; "
-                           "default: tiny with the tiny model, else gsm8k")
+    dataset: str = arg("gsm8k", "built-in name ({data}), Hub id, or .jsonl/.json/.parquet file")
     eval_dataset: str = arg("", "held-out problems, named the same way; default: the test split "
                                 "of --dataset, or rows held out from it")
     eval_size: int = arg(200, "evaluate on the first so many held-out problems, 0 = all [ours]")
@@ -93,7 +95,7 @@ class Config:
                             "want a larger --lr than full weights")
     # run
     seed: int = arg(0, "of data order and sampling")
-    device: str = arg("auto", "auto, cpu, cuda or cuda:N; auto is cpu for the tiny model")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N; auto is cuda where there is one")
     out: str = arg("", "run folder; default runs/<script>-<model>-<method>-s<seed>")
     eval_every: int = arg(20, "evaluate every so many steps, 0 = only before and after")
     save_every: int = arg(20, "checkpoint every so many steps, 0 = only at the end")
@@ -111,9 +113,9 @@ class Parser(HfArgumentParser):
         fail(f"{message} (see --help)")
 
 
-def parse_config(cls, script, doc, tiny, methods, argv=None, dataset="gsm8k"):
+def parse_config(cls, script, doc, tiny, methods, argv=None):
     """The command line -> a `cls`: explicit flags > `tiny` (tiny model only) > dataclass defaults;
-    what is still None is filled from methods[cfg.method]. `dataset`: the default of other models.
+    what is still None is filled from methods[cfg.method].
 
     A dict in `tiny` is named after a method or a switch, and holds only where that is chosen.
     With --resume DIR the config is DIR/config.json; a flag that contradicts it is an error, except
@@ -149,7 +151,8 @@ def parse_config(cls, script, doc, tiny, methods, argv=None, dataset="gsm8k"):
                      "the flag out, or start a new run")
         cfg = cls(**{**known, **typed, "resume": str(folder), "out": str(folder)})
     elif typed.get("score"):
-        known = saved_config(cls, script, typed, "score") | {"device": "auto", "resume": ""}
+        known = saved_config(cls, script, typed, "score") | {"resume": ""}
+        known["device"] = tiny["device"] if known["model"] == "tiny" else "auto"
         for k in typed.keys() - {"score", "device", "eval_dataset", "eval_size", "eval_samples",
                                  "max_new_tokens", "temperature"}:
             fail(f"--score {typed['score']}: --{k} is of the training; leave it out")
@@ -165,20 +168,18 @@ def parse_config(cls, script, doc, tiny, methods, argv=None, dataset="gsm8k"):
                 own |= value
         cfg = cls(**{**(own if is_tiny else {}), **typed})
         name = re.sub(r"[^\w.-]+", "_", Path(cfg.model).name) or "model"
-        cfg.dataset = cfg.dataset or ("tiny" if is_tiny else dataset)
         cfg.out = cfg.out or f"runs/{script}-{name}-{cfg.method}-s{cfg.seed}"
     for name, value in methods[cfg.method].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
     if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() and cfg.model != "tiny" else "cpu"
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     device = re.fullmatch(r"cpu|cuda(?::(\d+))?", cfg.device)
     if not device:
         fail(f"--device {cfg.device}: give auto, cpu, cuda or cuda:N")
     if cfg.device != "cpu" and int(device[1] or 0) >= torch.cuda.device_count():
         fail(f"--device {cfg.device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if cfg.model != "tiny":
-        resolve_model(cfg.model)
+    resolve_model(cfg.model, cfg)
     cfg.micro_tokens = cfg.micro_tokens or (1024 if cfg.device == "cpu" else 2048)
     for name in ("prompts", "group", "max_new_tokens", "micro_tokens"):
         if getattr(cfg, name) < 1:
@@ -214,23 +215,33 @@ def saved_config(cls, script, typed, flag):
 
 
 def seed_everything(cfg):
-    """Seeds the generators that a checkpoint keeps; one CPU thread for the tiny model, whose
-    matrices are so small that a second thread mostly waits."""
+    """Seeds the generators that a checkpoint keeps."""
     random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
-    if cfg.model == "tiny":
-        torch.set_num_threads(1)
 
 
 # --------------------------------------------------------------------------------------- models
 
+TINY = Path(__file__).parent / "tiny"
+ONE_THREAD = 10**6  # parameters up to which a second CPU thread mostly waits [ours]
 ORGANISATIONS = {"Qwen": "Qwen", "Llama-3": "meta-llama", "Mistral": "mistralai",
                  "CodeLlama": "codellama", "DeepSeek-R1-Distill": "deepseek-ai",
                  "OctoThinker": "OctoThinker"}
 
 
-def resolve_model(name, flag="--model"):
-    """A folder or a Hub id as they are; a bare name gets its organisation."""
+def tiny_path(cfg, part, flag):
+    """What the name `tiny` stands for: the model folder, or one of the data files, of tiny/."""
+    path = TINY / cfg.tiny[part]
+    if not path.exists():
+        fail(f"{flag} tiny: {path} is missing; it comes with these scripts: copy tiny/ anew")
+    return path
+
+
+def resolve_model(name, cfg, flag="--model"):
+    """A folder or a Hub id as they are; `tiny` becomes its folder, a bare name gets its
+    organisation."""
+    if name == "tiny":
+        return str(tiny_path(cfg, "model", flag))
     if Path(name).is_dir():
         if not any((Path(name) / f).is_file() for f in ("config.json", "adapter_config.json")):
             fail(f"{flag} {name}: no config.json in this folder; give a save_pretrained folder")
@@ -282,12 +293,10 @@ def load_model(name, cfg, lora=False, flag="--model"):
     Dropout is off: log-probabilities must be those of the policy that sampled. `lora` wraps the
     model with peft adapters on every linear layer and checkpoints activations.
     """
+    path = resolve_model(name, cfg, flag)
     what = f"{flag} {name}"
     if name == "tiny":
-        path = str(tiny_model_folder())
-        what = f"{what}, kept in {path} (delete that folder, and it is made anew)"
-    else:
-        path = resolve_model(name, flag)
+        what += f" ({path}; if it is damaged, copy it anew)"
     if not Path(path).is_dir():
         find_hub()
     dtype = torch.float32 if cfg.device == "cpu" else torch.bfloat16
@@ -303,6 +312,8 @@ def load_model(name, cfg, lora=False, flag="--model"):
         tok.pad_token = tok.eos_token  # masks are built from positions, so this is harmless
     model.generation_config.suppress_tokens = None  # a script's choice, not the checkpoint's
     model = model.to(cfg.device).eval()
+    if flag == "--model" and cfg.device == "cpu" and model.num_parameters() <= ONE_THREAD:
+        torch.set_num_threads(1)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -324,14 +335,25 @@ def add_adapters(model):
     from peft import LoraConfig, get_peft_model
 
     model.activation_checkpointing_enable()
-    # Rank and alpha [ours]: common values; every linear layer except the LM head.
-    model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))
+    with warnings.catch_warnings():  # peft asks for it by a name that transformers has deprecated
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # Rank and alpha [ours]: common values; every linear layer except the LM head.
+        model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))
     return model.train()  # activation checkpointing acts in training mode only
 
 
 def causal_lm(model):
     """The transformers model itself, without the peft wrapper (the adapters stay active)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def own_prompt(model, name):
+    """A prompt that the model was trained with: what its config.json has under "prompts" and
+    `name`; None where it has nothing there. `instruction` is what follows every question.
+    [ours: a small model knows the words of its training only]"""
+    prompts = getattr(causal_lm(model).config, "prompts", None)
+    prompt = prompts.get(name) if isinstance(prompts, dict) else None
+    return prompt if isinstance(prompt, str) else None
 
 
 def stop_ids(model, tok):
@@ -438,6 +460,18 @@ def update(opt, cfg, step, loss, rates=None):
     return norm
 
 
+def cross_entropy_backward(model, samples, micro_tokens, device):
+    """Adds the gradient of the cross-entropy of the samples' responses, EOS included, a mean over
+    all their tokens. -> that loss"""
+    n_tok, total = sum(len(s.tokens) for s in samples), 0.0
+    for rows in micro_batches(samples, micro_tokens):
+        ids, mask = collate([samples[i] for i in rows], device)
+        loss = -response_logps(model, ids, mask, 1.0)[0].sum() / n_tok
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def sft_step(policy, samples, opt, cfg, step, rates):
     """One optimizer step of supervised fine-tuning on samples. -> loss, gradient norm"""
     loss = cross_entropy_backward(policy, samples, cfg.micro_tokens, cfg.device)
@@ -450,7 +484,8 @@ def keep_sft(policy, tok, cfg, folder):
     if cfg.lora:
         policy = policy.merge_and_unload()
         policy.name_or_path = str(folder)  # what the adapters in model/ are for
-    save_once(folder, lambda to: (policy.save_pretrained(to), tok.save_pretrained(to)))
+    with writing(folder.parent):
+        save_folder(folder, lambda to: (policy.save_pretrained(to), tok.save_pretrained(to)))
     seed_everything(cfg)
     return add_adapters(policy) if cfg.lora else policy
 
@@ -528,6 +563,12 @@ def read_rows(name, split, flag, built_in=("tiny", *HUB_DATA)):
     return rows
 
 
+def tiny_rows(cfg, part, flag):
+    """The rows of one of the files that the name `tiny` stands for."""
+    path = tiny_path(cfg, part, flag)
+    return read_json(path, f"{flag} tiny ({path}; if it is damaged, copy it anew)")
+
+
 def read_json(path, what):
     """Rows of a JSON file, a list of objects, or of a JSON lines file; all have all columns."""
     try:
@@ -602,12 +643,10 @@ def as_text(value):
     return str(value).strip() if isinstance(value, str | int) else None
 
 
-def load_problems(cfg, levels=None):
-    """-> (training problems, held-out problems); the two share no question. `levels`: of tiny."""
+def load_problems(cfg):
+    """-> (training problems, held-out problems); the two share no question."""
     def load(name, split, flag):
-        if name == "tiny":
-            return tiny_problems(levels or TINY_LEVELS, split)
-        rows = read_rows(name, split, flag)
+        rows = tiny_rows(cfg, split, flag) if name == "tiny" else read_rows(name, split, flag)
         return rows and to_problems(rows, f"{flag} {name}")
 
     train = load(cfg.dataset, "train", "--dataset")
@@ -630,10 +669,12 @@ def load_problems(cfg, levels=None):
     return train, held_out[:cfg.eval_size or None]
 
 
-def instruction_for(problems, name, tok):
-    """What follows each question: the form of the final answer, as the solutions have it."""
-    if tok.chat_template == TINY_TEMPLATE:  # was warmed up without any
-        return ""
+def instruction_for(problems, name, model):
+    """What follows each question: what the model was trained with, else the form of the final
+    answer, as the solutions have it."""
+    own = own_prompt(model, "instruction")
+    if own is not None:
+        return own
     boxed = any("\\boxed" in p.solution for p in problems)
     return HUB_DATA[name][-1] if name in HUB_DATA else BOXED if boxed else HASHES
 
@@ -659,16 +700,15 @@ def encode_prompts(problems, model, tok, instruction, max_new_tokens, what, plai
     return kept
 
 
-def set_up(cfg, path=None, plain=None, levels=None):
+def set_up(cfg, path=None, plain=None):
     """Seeds, loads, renders: -> policy (from the folder `path`, or cfg.model), tokenizer, training
     problems, held-out problems, and the instruction that follows their questions. `plain`: the
-    paper's own prompt, see `encode_prompts`; the tiny model knows its template only. `levels`: of
-    the tiny problems."""
+    paper's own prompt, see `encode_prompts`; a model that was trained with another keeps that."""
     seed_everything(cfg)
-    train, held_out = load_problems(cfg, levels)
+    train, held_out = load_problems(cfg)
     policy, tok = load_model(str(path or cfg.model), cfg, cfg.lora)
-    instruction = instruction_for(train, cfg.dataset, tok)
-    plain = None if tok.chat_template == TINY_TEMPLATE else plain
+    instruction = instruction_for(train, cfg.dataset, policy)
+    plain = plain if own_prompt(policy, "instruction") is None else None
     train, held_out = (
         encode_prompts(problems, policy, tok, instruction, cfg.max_new_tokens, what, plain)
         for problems, what in ((train, "training"), (held_out, "evaluation")))
@@ -726,144 +766,6 @@ def problem_stream(problems, position, seed):
         for i in order[start:]:
             position += 1
             yield problems[i]
-
-
-# ----------------------------------------------------------------------- the embedded tiny model
-
-TINY_LEVELS = (1, 2, 3, 4, 5)  # a problem of level n takes n steps
-TINY_SPLITS = {"train": (0, 8000), "test": (1, 1000)}  # split: (seed, problems)
-WARM_UP = dict(steps=1200, batch=64, lr=3e-3, levels=(1, 1, 2, 2, 3))
-TINY_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-NAMES, THINGS = ("Ada", "Ben", "Cora", "Dan"), ("figs", "nuts", "pens", "cups")
-
-
-def tiny_problem(rng, level):
-    """`Ada has 12 figs, gives 5, gets 17. How many figs?` -> `12-5=7 / 7+17=24 / #### 24`"""
-    name, thing, total = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 30)
-    story, lines = f"{name} has {total} {thing}", []
-    for _ in range(level):
-        change = rng.randint(1, 30) if total == 0 or rng.random() < 0.5 else -rng.randint(1, total)
-        story += f", {'gets' if change > 0 else 'gives'} {abs(change)}"
-        lines.append(f"{total}{change:+d}={total + change}")
-        total += change
-    solution = "\n".join([*lines, f"#### {total}"])
-    return Problem(f"{story}. How many {thing}?", str(total), solution, str(level))
-
-
-def is_held_out(question):
-    """One question in eight, by its hash: no warm-up or training step ever sees those."""
-    return hashlib.sha256(question.encode()).digest()[0] < 32
-
-
-def tiny_problems(levels, split):
-    """The built-in problems of a split, levels in turn; distinct, and disjoint between splits."""
-    seed, n = TINY_SPLITS[split]
-    rng, found = random.Random(seed), {}
-    while len(found) < n:
-        p = tiny_problem(rng, levels[len(found) % len(levels)])
-        if is_held_out(p.question) == (split == "test"):
-            found.setdefault(p.question, p)
-    return list(found.values())
-
-
-def tiny_tokenizer(texts, vocab_size=320):
-    """A byte-level BPE in Qwen2's own layout: AutoTokenizer puts Qwen2's pre-tokenizer beside a
-    qwen2 config whatever was saved there, so any other kind would not survive the round trip."""
-    from tokenizers import pre_tokenizers, trainers
-    from transformers import Qwen2Tokenizer
-
-    special = dict(eos_token="<|end|>", pad_token="<|pad|>", unk_token="<|pad|>")
-    blank = Qwen2Tokenizer(**special).backend_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    blank.train_from_iterator(texts, trainer)
-    bpe = json.loads(blank.to_str())["model"]
-    tok = Qwen2Tokenizer(bpe["vocab"], [tuple(m) for m in bpe["merges"]], **special,
-                         extra_special_tokens=["<|user|>", "<|assistant|>"])
-    tok.chat_template = TINY_TEMPLATE
-    return tok
-
-
-def tiny_model(tok, layers=2, kv_heads=2):
-    """The architecture that the one-GPU tier uses; 251 k parameters with the defaults."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tok), hidden_size=96, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=kv_heads, intermediate_size=288, max_position_embeddings=256,
-        tie_word_embeddings=True, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
-        bos_token_id=None))
-
-
-def cross_entropy_backward(model, samples, micro_tokens, device):
-    """Adds the gradient of the cross-entropy of the samples' responses, EOS included, a mean over
-    all their tokens. -> that loss"""
-    n_tok, total = sum(len(s.tokens) for s in samples), 0.0
-    for rows in micro_batches(samples, micro_tokens):
-        ids, mask = collate([samples[i] for i in rows], device)
-        loss = -response_logps(model, ids, mask, 1.0)[0].sum() / n_tok
-        loss.backward()
-        total += loss.item()
-    return total
-
-
-def supervised_warm_up(model, tok, draw, steps, batch, lr):
-    """Teaches a fresh tiny model its first skills: `draw()` gives one (question, response)."""
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda s: min((s + 1) / 50, (steps - s) / (steps - 50)))
-    for _ in tqdm(range(steps), desc="warming up the tiny model (once)", disable=None):
-        questions, responses = zip(*[draw() for _ in range(batch)])
-        samples = as_samples(tok, encode_questions(tok, list(questions)), list(responses))
-        cross_entropy_backward(model, samples, 2048, "cpu")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        rate.step()
-        opt.zero_grad(set_to_none=True)
-
-
-def cache_folder(name, recipe):
-    """Where in the user's cache to keep what was made by `recipe`, a list of strings, and by these
-    library versions. The folder itself may not exist yet."""
-    recipe = [*recipe, torch.__version__, transformers.__version__]
-    key = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "post-training-papers" / f"{name}-{key}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"the cache folder {folder.parent} cannot be written ({e.strerror}); set "
-             "XDG_CACHE_HOME to one that can")
-    return folder
-
-
-def tiny_model_folder():
-    """Builds the tiny model once; the cache key is a hash of the functions and values below."""
-    recipe = [inspect.getsource(f) for f in (tiny_problem, is_held_out, tiny_tokenizer, tiny_model,
-                                             cross_entropy_backward, supervised_warm_up,
-                                             tiny_model_folder)]
-    folder = cache_folder("tiny", [*recipe, str((WARM_UP, TINY_TEMPLATE, NAMES, THINGS))])
-    if folder.is_dir():
-        return folder
-    rng, state, threads = random.Random(2), torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    corpus = [tiny_problem(rng, 3) for _ in range(500)]
-    tok = tiny_tokenizer([t for p in corpus for t in (p.question, p.solution)])
-    model = tiny_model(tok)
-
-    def draw():
-        while True:
-            p = tiny_problem(rng, rng.choice(WARM_UP["levels"]))
-            if not is_held_out(p.question):
-                return p.question, p.solution
-
-    supervised_warm_up(model, tok, draw, WARM_UP["steps"], WARM_UP["batch"], WARM_UP["lr"])
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
-    save_once(folder, lambda to: (model.save_pretrained(to), tok.save_pretrained(to)))
-    return folder
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -1391,9 +1293,9 @@ def same_latex(truth, given):
             pass
         finally:
             if not said:
-                checker.kill()
                 answer_checker.cache_clear()
-        if said or checker.wait() == -signal.SIGPROF:
+                end_process(checker)
+        if said or checker.returncode == -signal.SIGPROF:
             break
     return said == "True\n"
 
@@ -1407,10 +1309,20 @@ def answer_checker(pid):
     checker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                start_new_session=True)
+    atexit.register(end_process, checker)
     if checker.stdout.readline() != "ready\n":
         fail("math-verify, which compares LaTeX answers, does not start; try: python -c 'import "
              "math_verify'")
     return checker
+
+
+def end_process(process):
+    """Ends a process, if it has not ended, and closes its pipes."""
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+    process.wait()
 
 
 CHECK_SECONDS, CHECK_MEMORY = 3, 4 << 30  # most checks take some hundredths of a second
@@ -1541,17 +1453,6 @@ def save_folder(folder, write, keep_old=False):
     if keep_old and old.exists():
         old.rename(folder / "before")
     shutil.rmtree(old, ignore_errors=True)
-
-
-def save_once(folder, write):
-    """`save_folder` for what several processes may make at the same time: the first one's stays."""
-    own = Path(folder).with_name(f"{Path(folder).name}.{os.getpid()}.new")
-    with writing(own.parent):
-        save_folder(own, write)
-    try:
-        own.rename(folder)
-    except OSError:
-        shutil.rmtree(own)
 
 
 def save_file_whole(path, write):
@@ -1997,15 +1898,17 @@ class Run:
 
         plt.rcParams["text.parse_math"] = False  # a level may have a $ in it
         metrics = self.folder / "metrics.jsonl"  # read twice: all its rows would take much memory
-        logged = sorted({k for line in open(metrics) for k in json.loads(line)})
+        with open(metrics) as f:
+            logged = sorted({k for line in f for k in json.loads(line)})
         panels = {title: [k for pattern in names for k in logged if fnmatch(k, pattern)]
                   for title, names in self.curves.items()}
         panels = {title: names for title, names in panels.items() if names}
         points = {name: ([], []) for names in panels.values() for name in names}
-        for row in map(json.loads, open(metrics)):
-            for name in points.keys() & row.keys():
-                points[name][0].append(row["step"])
-                points[name][1].append(row[name])
+        with open(metrics) as f:
+            for row in map(json.loads, f):
+                for name in points.keys() & row.keys():
+                    points[name][0].append(row["step"])
+                    points[name][1].append(row[name])
         fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
         for ax, (title, names) in zip(axes[0], panels.items()):
             for name in names:

@@ -141,8 +141,8 @@ METHODS = {
                  kl_beta=0.04, dynamic_sampling=False, overlong_cache=0),     # [DSMath Sec. 4.2]
 }
 # The tiny model's own values, used where no flag was given.
-TINY = dict(steps=300, prompts=64, group=4, max_new_tokens=64, lr=5e-4,
-            eval_size=0, eval_every=25, save_every=50)
+TINY = dict(dataset="tiny", device="cpu", steps=300, prompts=64, group=4, max_new_tokens=64,
+            lr=5e-4, eval_size=0, eval_every=25, save_every=50)
 MAX_BATCHES = 10  # of prompts that dynamic sampling tries in one step [ours]
 GOLDEN_TRIES = 4  # responses per problem of a golden-answer model; the first right one is kept
 

@@ -155,9 +155,9 @@ class Config(common.Config):
 METHODS = {"laser": dict(alpha=0.1, tau=0.1),   # [code]
            "grpo": dict(alpha=0.0, tau=0.0)}
 # The tiny model's own values, used where no flag was given.
-TINY = dict(steps=300, prompts=32, group=8, max_new_tokens=64, lr=1e-4, eval_size=0,
-            save_every=50, reasoning_warmup_steps=20, self_rewarding_warmup_steps=60,
-            token="<|pad|>", wrong_token="~",
+TINY = dict(dataset="tiny", device="cpu", steps=300, prompts=32, group=8, max_new_tokens=64,
+            lr=1e-4, eval_size=0, save_every=50, reasoning_warmup_steps=20,
+            self_rewarding_warmup_steps=60, token="<|pad|>", wrong_token="~",
             laser=dict(alpha=1.0))  # it has few steps to learn to verify
 TOKENS = ("<|vision_start|>", "<|reserved_special_token_0|>")  # z_c: Qwen's, Llama-3's [code]
 CLIP, DUAL_CLIP = 0.2, 3.0  # [verl's defaults, which the code keeps]

@@ -65,8 +65,8 @@ WHAT IS KNOWN OF THE PAPER
     D12 the loss is a mean over the tokens of the mini-batch [code: of micro-batches, weighted by
         their responses]; groups without contrast stay in, for KL and TEA; no weight decay [code:
         .01]
-    D13 the tiny task: eight of IFEval's types on texts of a few words. The model can be thorough
-        (85 % of its warm-up) and was made lazy (15 %); what a check observes is written down
+    D13 the tiny task: eight of IFEval's types on texts of a few words. The model has learned to be
+        thorough, and then to be lazy most of the time; what a check observes is written down
 
 SHAPES  B prompts, G responses each, n rows of L columns; R (B, G), A (B*G,), log-probs, entropy H,
         weights w and coefficients (n, L). A constraint is (IFEval's id, its keyword arguments).
@@ -78,8 +78,6 @@ RUN     python light_if.py                              # tiny model, CPU, offli
         python light_if.py --model Qwen2.5-7B-Instruct --lora
 """
 
-import hashlib
-import inspect
 import json
 import math
 import random
@@ -106,7 +104,6 @@ from common import (
     arg,
     as_samples,
     batch_logps,
-    cache_folder,
     collate,
     encode_prompts,
     encode_questions,
@@ -116,6 +113,7 @@ from common import (
     kept_rows,
     load_model,
     micro_batches,
+    own_prompt,
     parse_config,
     problem_stream,
     read_rows,
@@ -126,12 +124,9 @@ from common import (
     sample,
     sampling_statistics,
     save_file_whole,
-    save_once,
     saved_config,
     seed_everything,
-    supervised_warm_up,
-    tiny_model,
-    tiny_tokenizer,
+    tiny_rows,
     update,
     writing,
 )
@@ -141,14 +136,15 @@ from common import (
 
 @dataclass
 class Config(common.Config):
+    tiny = dict(model="constraints", train="constraints/train.jsonl",
+                test="constraints/test.jsonl")
+
     method: Literal["light_if", "grpo", "sft_grpo"] = arg("light_if", "the paper's, or a baseline")
-    dataset: str = arg("", "seed instructions: tiny; dolly = databricks/databricks-dolly-15k; a "
-                           "Hub id or .jsonl/.json/.parquet file with a column instruction, prompt "
-                           "or question; rows in IFEval's layout are taken as they are; default: "
-                           "tiny with the tiny model, else dolly")
-    eval_dataset: str = arg("", "held-out prompts: ifeval = google/IFEval, or data in its "
-                                "layout: prompt, instruction_id_list, kwargs; default: tiny with "
-                                "the tiny model, else ifeval")
+    dataset: str = arg("dolly", "seed instructions: tiny; dolly = databricks/databricks-dolly-15k; "
+                                "a Hub id or .jsonl/.json/.parquet file with a column instruction, "
+                                "prompt or question; rows in IFEval's layout are taken as they are")
+    eval_dataset: str = arg("ifeval", "held-out prompts: tiny; ifeval = google/IFEval, or data in "
+                                      "its layout: prompt, instruction_id_list, kwargs")
     stage: str = arg("", "run only this stage (prompts, zero_rl, cold_start, sft, rl), or with "
                          "a + from it on (sft+), on the products of --products; default: all")
     products: str = arg("", "a run folder: what its earlier stages left there is used")
@@ -194,9 +190,10 @@ METHODS = {
     "sft_grpo": dict(zero_rl=False, sft="plain", tea="off"),
 }
 # The tiny model's own values, used where no flag was given.
-TINY = dict(steps=40, zero_steps=40, pool=1500, prompts=32, max_new_tokens=160, lr=3e-4, updates=1,
-            cold_start=384, sft_batch=16, sft_lr=5e-4, eval_size=0, eval_samples=2, eval_every=20,
-            save_every=20, grpo=dict(steps=80), sft_grpo=dict(steps=80))
+TINY = dict(dataset="tiny", eval_dataset="tiny", device="cpu", steps=40, zero_steps=40, pool=1500,
+            prompts=32, max_new_tokens=160, lr=3e-4, updates=1, cold_start=384, sft_batch=16,
+            sft_lr=5e-4, eval_size=0, eval_samples=2, eval_every=20, save_every=20,
+            grpo=dict(steps=80), sft_grpo=dict(steps=80))
 RL_STAGES = {"zero_easy": 1, "zero_hard": 2, "easy": 4, "hard": 5}
 SEED_COLUMNS = ("instruction", "prompt", "question")
 STAGES = ("prompts", "zero_rl", "cold_start", "sft", "rl")
@@ -248,12 +245,7 @@ CURVES = {
 
 
 def parse(argv):
-    cfg = parse_config(Config, "light_if", __doc__, TINY, METHODS, argv, "dolly")
-    tiny = cfg.dataset == "tiny"
-    cfg.eval_dataset = cfg.eval_dataset or ("tiny" if tiny else "ifeval")
-    if tiny != (cfg.eval_dataset == "tiny") or tiny != (cfg.model == "tiny"):
-        fail("--model tiny, --dataset tiny and --eval_dataset tiny go together: the tiny model "
-             "knows no other prompts, and no other model knows these")
+    cfg = parse_config(Config, "light_if", __doc__, TINY, METHODS, argv)
     if cfg.tea_coef is None:
         cfg.tea_coef = 10.0 if cfg.tea == "released" else TEA_SCALE
     first = cfg.stage.removesuffix("+")
@@ -281,7 +273,7 @@ def parse(argv):
     if not 0 < cfg.sft_lr < math.inf:
         fail(f"--sft_lr {cfg.sft_lr}: must be a positive number")
     if cfg.judge != "rule":
-        resolve_model(cfg.judge, "--judge")
+        resolve_model(cfg.judge, cfg, "--judge")
     return cfg
 
 
@@ -557,6 +549,7 @@ class Task(Problem):
     """A prompt with its constraints, and how hard it proved in stage A."""
 
     constraints: list = field(default_factory=list)  # of (kind, kwargs)
+    cues: list = field(default_factory=list)  # regular expressions that find them in the thinking
     pass_rate: float = 0.0
     dense: float = 0.0  # mean reward
     hardness: str = ""
@@ -565,13 +558,14 @@ class Task(Problem):
         """As it stands in prompts.jsonl, in IFEval's layout."""
         kinds, kwargs = zip(*self.constraints)
         return {"prompt": self.question, "instruction_id_list": kinds, "kwargs": kwargs,
-                "level": self.level, "hardness": self.hardness, "pass_rate": self.pass_rate,
-                "dense": self.dense}
+                "cues": self.cues, "level": self.level, "hardness": self.hardness,
+                "pass_rate": self.pass_rate, "dense": self.dense}
 
 
 def to_tasks(rows, what):
     """Rows in IFEval's layout -> Tasks. Keyword arguments that are None are left out, as the Hub's
-    copy has them. Ends the program at a constraint that cannot be checked."""
+    copy has them. Rows may bring `cues` and a `level` of their own. Ends the program at a
+    constraint that cannot be checked."""
     tasks = []
     for number, row in enumerate(rows, 1):
         try:
@@ -585,13 +579,19 @@ def to_tasks(rows, what):
             for _, given in constraints:
                 check_values(given)
             follow(f"A probe: {prompt}", constraints)
+            cues = row.get("cues") or [cue(*c) for c in constraints]
+            if len(cues) != len(constraints):
+                raise ValueError("as many cues as instruction ids are needed")
+            for pattern in cues:
+                re.compile(pattern)
         except KeyError as e:
             fail(f"{what}: row {number} has no {e}; it needs prompt, kwargs and "
                  f"instruction_id_list, of the types {', '.join(KINDS)}")
-        except (TypeError, ValueError, AttributeError) as e:
+        except (TypeError, ValueError, AttributeError, re.error) as e:
             fail(f"{what}: row {number} cannot be checked: {e}")
         known = {k: row[k] for k in ("hardness", "pass_rate", "dense") if k in row}
-        tasks.append(Task(prompt, "", level=str(len(kinds)), constraints=constraints, **known))
+        level = str(row.get("level") or len(kinds))
+        tasks.append(Task(prompt, "", level=level, constraints=constraints, cues=cues, **known))
     return tasks
 
 
@@ -681,7 +681,7 @@ def synthesise(seeds, number, rng):
         constraints.sort(key=lambda c: c[0] != "combination:repeat_prompt")
         requests = " ".join(ask(*c) for c in constraints)
         tasks.append(Task(f"{seed}\n\n{requests}", "", level=str(len(constraints)),
-                          constraints=constraints))
+                          constraints=constraints, cues=[cue(*c) for c in constraints]))
     return tasks
 
 
@@ -698,10 +698,8 @@ def ask(kind, kwargs):
     return KINDS[kind].request.format(**shown(kwargs))
 
 
-def cue(kind, kwargs, tiny):
+def cue(kind, kwargs):
     """The regular expression that finds a constraint in a thinking block."""
-    if tiny:
-        return rf"\b{TINY_KINDS[kind].tag(kwargs)}\b"
     return KINDS[kind].cue.format(**shown(kwargs, "|", re.escape))
 
 
@@ -821,272 +819,6 @@ def ratings(judge, tok, pairs, cfg):
     return [found.get(i, 0) for i in range(len(pairs))]
 
 
-# 2d. The embedded task: short texts of a few words, eight kinds of constraints.
-
-NOTE = "red cat sun hat pen cup map fox".split()
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
-SEEDS = ("note", "list", "poem", "tale")
-SLOT, BREAK = "[x]", "***"
-TINY_HELD_OUT = 300
-
-
-@dataclass(frozen=True)
-class TinyKind:
-    """A kind of the embedded task: a request is one token, such as `withRed`, and so is what a
-    check observes."""
-
-    tag: Callable      # kwargs -> the request
-    observe: Callable  # (text, kwargs) -> what the check observes in the draft
-    draw: Callable     # rng -> kwargs
-
-
-def count(n):
-    """A count as a word."""
-    return NUMBERS[min(n, 10)]
-
-
-def presence(found):
-    """What a check observes of something that is there or not."""
-    return "found" if found else "none"
-
-
-def spotted(text, word):
-    """What a check observes of a word: itself as it stands in the text, or none."""
-    return next((w for w in words(text) if w.lower() == word), "none")
-
-
-TINY_KINDS = {
-    "length_constraints:number_words": TinyKind(
-        lambda k: {"at least": "atLeast", "less than": "lessThan"}[k["relation"]]
-        + count(k["num_words"]).title(),
-        lambda x, k: count(len(words(x))),
-        lambda rng: rng.choice([{"num_words": n, "relation": relation} for relation, numbers in (
-            ("at least", (5, 6, 7)), ("less than", (4, 5, 6))) for n in numbers])),
-    "length_constraints:number_paragraphs": TinyKind(
-        lambda k: f"parts{count(k['num_paragraphs']).title()}",
-        lambda x, k: count(x.count(BREAK) + 1),
-        lambda rng: {"num_paragraphs": rng.choice((1, 2, 3))}),
-    "keywords:existence": TinyKind(
-        lambda k: f"with{k['keywords'][0].title()}",
-        lambda x, k: spotted(x, k["keywords"][0]),
-        lambda rng: {"keywords": [rng.choice(NOTE)]}),
-    "keywords:forbidden_words": TinyKind(
-        lambda k: f"without{k['forbidden_words'][0].title()}",
-        lambda x, k: spotted(x, k["forbidden_words"][0]),
-        lambda rng: {"forbidden_words": [rng.choice(NOTE)]}),
-    "detectable_content:number_placeholders": TinyKind(
-        lambda k: f"slots{count(k['num_placeholders']).title()}",
-        lambda x, k: count(x.count("[")),
-        lambda rng: {"num_placeholders": rng.choice((1, 2))}),
-    "change_case:capital_word_frequency": TinyKind(
-        lambda k: f"loud{count(k['capital_frequency']).title()}",
-        lambda x, k: count(len(capital_words(x))),
-        lambda rng: {"capital_frequency": rng.choice((2, 3, 4)), "capital_relation": "at least"}),
-    "punctuation:no_comma": TinyKind(
-        lambda k: "noComma", lambda x, k: presence("," in x), lambda rng: {}),
-    "startend:quotation": TinyKind(
-        lambda k: "quoted", lambda x, k: presence(x[:1] == '"'), lambda rng: {}),
-}
-
-
-@dataclass
-class Page:
-    """A short text: words, slots, breaks and commas; in capitals or not, in quotes or not."""
-
-    items: list
-    loud: bool
-    quoted: bool
-
-    def __str__(self):
-        """The text, with a space before every word."""
-        items = [i.upper() if self.loud and i != SLOT else i for i in self.items]
-        text = "".join(i if i == "," else f" {i}" for i in items)
-        return f'"{text}"' if self.quoted else text
-
-
-def is_word(item):
-    """Neither a break nor a comma; a slot counts."""
-    return item not in (BREAK, ",")
-
-
-def put(rng, page, item):
-    """Inserts an item at random; a break or a comma between two words, where there is room."""
-    places = range(len(page.items) + 1)
-    if not is_word(item):
-        places = [i for i in places[1:-1] if is_word(page.items[i - 1]) and is_word(page.items[i])]
-    if places:
-        page.items.insert(rng.choice(places), item)
-
-
-def drop(rng, page, item):
-    """Removes one such item, and with it a break or comma that is left without its words."""
-    page.items.pop(rng.choice([i for i, x in enumerate(page.items) if x == item]))
-    items = [x for i, x in enumerate(page.items)
-             if is_word(x) or i and is_word(page.items[i - 1])]
-    while items and not is_word(items[-1]):
-        items.pop()
-    page.items = items
-
-
-def turn(rng, page, kind, kwargs, want):
-    """One small change of the page towards meeting a constraint (`want`) or missing it."""
-    here = [w for w in NOTE if w in page.items]
-    away = [w for w in NOTE if w not in page.items]
-    breaks = page.items.count(BREAK)
-    if kind.endswith("number_words"):
-        more = want == (kwargs["relation"] == "at least")
-        if more and away:
-            put(rng, page, rng.choice(away))
-        elif not more and len(here) > 1:
-            drop(rng, page, rng.choice(here))
-    elif kind.endswith("number_paragraphs"):
-        more = breaks + 1 < kwargs["num_paragraphs"] if want else breaks < 2 and rng.random() < 0.5
-        if more or not breaks:
-            put(rng, page, BREAK)
-        else:
-            drop(rng, page, BREAK)
-    elif kind.startswith("keywords"):
-        word = [*kwargs.values()][0][0]
-        if want == (kind == "keywords:existence"):
-            put(rng, page, word)
-        elif len(here) > 1:
-            drop(rng, page, word)
-    elif kind.endswith("number_placeholders"):
-        put(rng, page, SLOT) if want else drop(rng, page, SLOT)
-    elif kind.endswith("capital_word_frequency"):
-        if want and page.loud and away:
-            put(rng, page, rng.choice(away))
-        page.loud = want
-    elif kind.endswith("no_comma"):
-        drop(rng, page, ",") if want else put(rng, page, ",")
-    else:
-        page.quoted = want
-
-
-def revise(rng, page, constraints, met):
-    """Changes a page, a new random one for None, until exactly the constraints that `met` (bools)
-    says hold. -> the new page; None if that fails"""
-    if page:
-        page = Page(list(page.items), page.loud, page.quoted)
-    else:
-        page = Page(rng.sample(NOTE, rng.randint(2, 6)), rng.random() < 0.3, rng.random() < 0.2)
-        for item in [BREAK] * rng.choice((0, 0, 1, 2)) + [SLOT] * rng.choice((0, 0, 1, 2)):
-            put(rng, page, item)
-        if rng.random() < 0.4:
-            put(rng, page, ",")
-    for _ in range(30):
-        wrong = [c for c, m, now in zip(constraints, met, follow(str(page), constraints))
-                 if m != now]
-        if not wrong:
-            return page
-        turn(rng, page, *(c := rng.choice(wrong)), met[constraints.index(c)])
-    return None
-
-
-SLOPPY, FIXED = 0.65, 0.9  # how often a first draft meets a constraint, a redraft one more [ours]
-
-
-def trace(rng, constraints, thorough):
-    """A response that the tiny model is warmed up with: lazy, it restates the request and answers;
-    thorough, it drafts, writes down what it observes of every constraint and a verdict, and drafts
-    again where one is bad, three times at most."""
-    tags = [TINY_KINDS[kind].tag(kwargs) for kind, kwargs in constraints]
-    while True:
-        page, text = None, f"plan {' '.join(tags)}"
-        met = [rng.random() < SLOPPY for _ in constraints]
-        for _ in range(3):
-            page = revise(rng, page, constraints, met)
-            if not page or not thorough:
-                break
-            seen = [TINY_KINDS[kind].observe(str(page), kwargs) for kind, kwargs in constraints]
-            text += f" draft{page} check" + "".join(
-                f" {tag} {x} {'ok' if m else 'bad'}" for tag, x, m in zip(tags, seen, met))
-            if all(met):
-                break
-            met = [m or rng.random() < FIXED for m in met]
-        if page:
-            return f"{text}\n{THINK_END}\n{page}"
-
-
-def tiny_held_out(kinds):
-    """One combination of kinds in four, by its hash: no warm-up or training step ever sees those;
-    of single kinds none can be held out."""
-    key = " ".join(sorted(kinds))
-    return len(kinds) > 1 and hashlib.sha256(f"light_if {key}".encode()).digest()[0] < 64
-
-
-def tiny_task(rng, size, held_out):
-    """`size` constraints of a combination that is held out, or is not -> a Task"""
-    while True:
-        constraints = combine(rng, size, lambda kind: TINY_KINDS[kind].draw(rng), list(TINY_KINDS))
-        if tiny_held_out([kind for kind, _ in constraints]) == (held_out and size > 1):
-            tags = [TINY_KINDS[kind].tag(kwargs) for kind, kwargs in constraints]
-            level = f"{size}_seen" if held_out and size == 1 else str(size)
-            return Task(" ".join([rng.choice(SEEDS), *tags]), "", level=level,
-                        constraints=constraints)
-
-
-WARM_UP = dict(seed=0, words=(250, 96, 4e-3), skills=(800, 48, 4e-3), lazy=(100, 48, 1e-3),
-               thorough=(0.85, 0.15))  # steps, batch, peak learning rate; shares of thorough traces
-
-
-def tiny_folder():
-    """Builds the tiny model of this script, once, in the cache. It learns to copy and to find a
-    word; then the thorough trace with its skills; then, shortly, to be lazy most of the time."""
-    made_by = (TinyKind, Page, is_word, count, presence, spotted, put, drop, turn, revise, trace,
-               tiny_held_out, tiny_task, combine, conflict, follow, compare, words, capital_words,
-               paragraphs, occurrences, has_word, tiny_folder, tiny_tokenizer, tiny_model,
-               common.cross_entropy_backward, supervised_warm_up)
-    recipe = [common.TINY_TEMPLATE, str((WARM_UP, NOTE, SEEDS, NUMBERS, SLOPPY, FIXED)),
-              *map(inspect.getsource, made_by)]
-    for kind, tiny in TINY_KINDS.items():
-        recipe += map(inspect.getsource, (KINDS[kind].check, tiny.tag, tiny.observe, tiny.draw))
-    folder = cache_folder("light-if", recipe)
-    if folder.is_dir():
-        return folder
-    rng = random.Random(WARM_UP["seed"])
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def task(sizes=(1, 2, 3, 4, 5)):
-        """A task that is not held out."""
-        return tiny_task(rng, rng.choice(sizes), False)
-
-    def word():
-        """A text to copy, or a task with a single constraint on a word."""
-        if rng.random() < 0.5:
-            page = revise(rng, None, [], [])
-            return rng.choice(SEEDS), f"draft{page}\n{THINK_END}\n{page}"
-        while True:
-            one = task((1,))
-            if one.constraints[0][0].startswith("keywords"):
-                return one.question, trace(rng, one.constraints, True)
-
-    def traces(thorough):
-        """A function that draws a task and its trace, thorough in this share of all cases."""
-        def draw():
-            """-> a question and a response"""
-            one = task()
-            return one.question, trace(rng, one.constraints, rng.random() < thorough)
-        return draw
-
-    corpus = [text for _ in range(1500) for text in traces(1.0)()]
-    tok = tiny_tokenizer(corpus, 2000)
-    model = tiny_model(tok, layers=3, kv_heads=4)
-    with torch.no_grad():
-        for p in model.parameters():  # std .1 instead of .02 learns this task far sooner
-            if p.dim() > 1:
-                p.mul_(5)
-    many, few = WARM_UP["thorough"]
-    for draw, plan in ((word, "words"), (traces(many), "skills"), (traces(few), "lazy")):
-        steps, batch, lr = WARM_UP[plan]
-        supervised_warm_up(model, tok, draw, steps, batch, lr)
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
-    save_once(folder, lambda to: (model.save_pretrained(to), tok.save_pretrained(to)))
-    return folder
-
-
 # -------------------------------------------------------------------------- 3. the paper's maths
 
 
@@ -1197,7 +929,7 @@ def evaluate(policy, tok, tasks, cfg):
                 loose.append(follow(answer, t.constraints, loose=True))
         if counts:
             first.append(judged(greedy[i], t)[0])
-    depths, mean = [depth_of(s, t, cfg) for t, s in pairs], statistics.fmean
+    depths, mean = [depth(s.text, t.cues) for t, s in pairs], statistics.fmean
     result = {
         "accuracy": mean(map(all, strict)), "prompt_loose": mean(map(all, loose)),
         "instruction_strict": mean(sum(strict, [])), "instruction_loose": mean(sum(loose, [])),
@@ -1206,11 +938,6 @@ def evaluate(policy, tok, tasks, cfg):
         "entropy": sum(s.entropy for _, s in pairs) / sum(len(s.tokens) for _, s in pairs),
         "length": mean(len(s.tokens) for _, s in pairs)}
     return result | {f"accuracy/level{level}": mean(found) for level, found in of_level.items()}
-
-
-def depth_of(s, task, cfg):
-    """`depth` of a response to a task."""
-    return depth(s.text, [cue(*c, cfg.dataset == "tiny") for c in task.constraints])
 
 
 # ---------------------------------------------------------------------------------- 5. the loop
@@ -1223,17 +950,20 @@ def reaches(cfg, stage):
 
 
 def load_data(cfg):
-    """-> seed instructions (or Tasks, where the data have constraints), and held-out Tasks; None
-    and held-out Tasks for the embedded task."""
-    if cfg.dataset == "tiny":
-        rng = random.Random(1)
-        return None, [tiny_task(rng, 1 + n % 5, True) for n in range(TINY_HELD_OUT)]
+    """-> seed instructions, or Tasks where the data have constraints, and held-out Tasks."""
     names = {"dolly": "databricks/databricks-dolly-15k", "ifeval": "google/IFEval"}
-    held_out = to_tasks(read_rows(names.get(cfg.eval_dataset, cfg.eval_dataset), "test",
-                                  "--eval_dataset", ("tiny", "ifeval")),
+
+    def load(name, split, flag, built_in):
+        """The rows of a file, a Hub id or a built-in name."""
+        if name == "tiny":
+            return tiny_rows(cfg, split, flag)
+        return read_rows(names.get(name, name), split, flag, ("tiny", built_in))
+
+    held_out = to_tasks(load(cfg.eval_dataset, "test", "--eval_dataset", "ifeval"),
                         f"--eval_dataset {cfg.eval_dataset}")
-    rows = read_rows(names.get(cfg.dataset, cfg.dataset), "train", "--dataset", ("tiny", "dolly"))
-    what, asked = f"--dataset {cfg.dataset}", {t.question for t in held_out}
+    rows = load(cfg.dataset, "train", "--dataset", "dolly")
+    what = f"--dataset {cfg.dataset}"
+    asked = {t.question for t in held_out if not t.level.endswith("_seen")}
     if "instruction_id_list" in rows[0]:
         seeds = [t for t in to_tasks(rows, what) if t.question not in asked]
     else:
@@ -1246,9 +976,9 @@ def load_data(cfg):
             fail(f"{what}: the column {column} holds something else than text")
         seeds = {r[column].strip() for r in rows if r[column] and not r.get("context")}
         seeds = sorted(s for s in seeds if s and not any(q.startswith(s) for q in asked))
+        random.Random(0).shuffle(seeds)  # not cfg.seed: every seed has the same prompts
     if not seeds:
         fail(f"{what}: no instruction in it that is not held out")
-    random.Random(0).shuffle(seeds)  # not cfg.seed: every seed has the same prompts
     return seeds, held_out[:cfg.eval_size or None]
 
 
@@ -1258,19 +988,20 @@ def halves(steps):
 
 
 def render(policy, tok, tasks, what, cfg):
-    """Prompts as ids, through the chat template; a model whose template knows no thinking is asked
-    to think (D2). -> the Tasks that fit the context"""
-    thinks = cfg.dataset == "tiny" or "think" in (tok.chat_template or "")
-    return encode_prompts(tasks, policy, tok, "" if thinks else THINK, cfg.max_new_tokens, what)
+    """Prompts as ids, through the chat template; a model whose template knows no thinking, and
+    which was not trained with an instruction of its own, is asked to think (D2). -> the Tasks that
+    fit the context"""
+    instruction = own_prompt(policy, "instruction")
+    if instruction is None:
+        instruction = "" if "think" in (tok.chat_template or "") else THINK
+    return encode_prompts(tasks, policy, tok, instruction, cfg.max_new_tokens, what)
 
 
 def make_prompts(policy, tok, seeds, cfg, done):
     """Stage A: prompts with 1 to 5 constraints that do not conflict, and how hard they are for the
     model to be trained, by K responses each (D4). -> pieces of rows, without those in `done`"""
     rng = random.Random(2)
-    if seeds is None:
-        tasks = [tiny_task(rng, 1 + n % 5, False) for n in range(cfg.pool)]
-    elif isinstance(seeds[0], Task):
+    if isinstance(seeds[0], Task):
         tasks = seeds[:cfg.pool]
     else:
         tasks = synthesise(seeds, cfg.pool, rng)
@@ -1325,7 +1056,7 @@ def extract(model, tasks, cfg, done):
         drawn = sample(policy, tok, [t.prompt for t in batch], 1, cfg.max_new_tokens,
                        cfg.temperature, generator)
         right = [(t, s) for t, s in zip(batch, drawn) if s.finished and judged(s, t)[0]]
-        deep = [(t, s) for t, s in right if depth_of(s, t, cfg) == 1]
+        deep = [(t, s) for t, s in right if depth(s.text, t.cues) == 1]
         good = [(t, s) for t, s in deep if fluent(s.text)]
         if judge and good:
             said = ratings(*judge, [(t.question, split_thinking(s.text)[1]) for t, s in good], cfg)
@@ -1511,7 +1242,7 @@ def step_statistics(batch, samples, acc, trained, state, cfg):
     """What METRICS say about a step of RL. `trained` has rows, log-probs and numbers of every
     micro-batch."""
     values = sampling_statistics(samples, [bool(a) for a in acc], cfg.group, state["tokens"])
-    depths = [depth_of(s, batch[i // cfg.group], cfg) for i, s in enumerate(samples)]
+    depths = [depth(s.text, batch[i // cfg.group].cues) for i, s in enumerate(samples)]
     values |= {"sample/checked": statistics.fmean(d > 0 for d in depths),
                "sample/depth": statistics.fmean(depths)}
     if cfg.updates == 1:
@@ -1574,8 +1305,7 @@ def main(argv=None):
     run = Run(cfg, "light_if", METRICS, CURVES)
     seed_everything(cfg)
     seeds, held_out = load_data(cfg)
-    start = str(tiny_folder()) if cfg.model == "tiny" else cfg.model
-    policy, tok = load_model(start, cfg)
+    policy, tok = load_model(cfg.model, cfg)
     if THINK_END in tok.all_special_tokens:
         fail(f"--model {cfg.model}: {THINK_END} is a special token of its tokenizer, which no "
              "decoded response has")
@@ -1592,7 +1322,7 @@ def main(argv=None):
     prompts = to_tasks(prompts, run.folder / "prompts.jsonl")
     pools = pools_of(prompts, cfg)                                      # {easy: ..., hard: ...}
     del policy
-    model = start
+    model = cfg.model
 
     # B. Zero-RL elicits the pattern
     if cfg.zero_rl and reaches(cfg, "zero_rl"):
@@ -1606,7 +1336,7 @@ def main(argv=None):
             cold = product(run, "cold_start", partial(extract, model, prompts, cfg))
         # D. Entropy-SFT of the model that everything started from
         if reaches(cfg, "sft"):
-            model = fine_tune(run, state, start, cold, test)
+            model = fine_tune(run, state, cfg.model, cold, test)
 
     # E. TEA-RL, first on easy, then on hard prompts
     if reaches(cfg, "rl"):

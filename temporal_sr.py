@@ -71,14 +71,13 @@ RUN     python temporal_sr.py                              # tiny model, CPU, of
         python temporal_sr.py --model Qwen2.5-7B-Instruct --sft_steps 0 --lora
 """
 
-import inspect
 import math
 import random
 import re
 import statistics
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, permutations
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -94,10 +93,8 @@ from common import (
     arg,
     as_samples,
     batch_logps,
-    cache_folder,
     causal_lm,
     collate,
-    cross_entropy_backward,
     encode_prompts,
     encode_questions,
     fail,
@@ -106,18 +103,18 @@ from common import (
     keep_sft,
     load_model,
     micro_batches,
+    own_prompt,
     parse_config,
     problem_stream,
     read_rows,
     resolve_model,
     response_logps,
     sample,
-    save_once,
     seed_everything,
     sft_step,
     stage,
-    tiny_model,
-    tiny_tokenizer,
+    tiny_path,
+    tiny_rows,
     trained,
     update,
 )
@@ -127,19 +124,23 @@ from common import (
 
 @dataclass
 class Config(common.Config):
+    tiny = dict(model="forms/M_0", base="forms/base", ift="forms/ift.jsonl", eft="forms/eft.jsonl",
+                train="forms/prompts.jsonl", test="forms/test.jsonl")
+
     method: Literal["tsr", "sr", "past_only", "future_only", "spin", "rs_sft"] = arg(
         "tsr", "the paper's, or a baseline")
-    dataset: str = arg("", "tiny; ultrafeedback = OpenAssistant/oasst1, oasst2 and "
-                           "openbmb/UltraFeedback (D9); a Hub id or .jsonl/.json/.parquet file "
-                           "with the columns prompt and response; default: tiny with the tiny "
-                           "model, else ultrafeedback")
+    dataset: str = arg("ultrafeedback", "tiny; ultrafeedback = OpenAssistant/oasst1, oasst2 and "
+                                        "openbmb/UltraFeedback (D9); a Hub id or "
+                                        ".jsonl/.json/.parquet file with the columns prompt and "
+                                        "response")
     eval_dataset: str = arg("", "held-out prompts, the same kind; default: rows of --dataset")
     eft_dataset: str = arg("", "judge examples: the same kind of file with prompt, response and "
                                "judgement, which ends in `Score: n`; default: UltraFeedback's with "
                                "ultrafeedback, else none")
     # M_0
     sft_steps: int = arg(645, "steps of SFT on IFT + EFT, 0 = --model is M_0 already, such as an "
-                              "instruct model [App. D: 3 epochs of 6,871 rows]")
+                              "instruct model or the tiny one, whose SFT starts from the untrained "
+                              "base that belongs to it [App. D: 3 epochs of 6,871 rows]")
     sft_lr: float = arg(2e-6, "its learning rate [App. D: 2e-6]")
     ift_size: int = arg(5000, "rows of --dataset for SFT; the others are prompts [Data: 5,000]")
     # iterations; left out, those with None follow --method
@@ -174,8 +175,8 @@ METHODS = {"tsr": dict(past=True, future=True, steps=2, lr=5e-7),               
            "spin": dict(past=False, future=False, steps=4, lr=5e-7),
            "rs_sft": dict(past=False, future=False, steps=4, lr=2e-6)}
 # The tiny model's own values, used where no flag was given.
-TINY = dict(sft_steps=1000, sft_lr=3e-3, prompts=800, batch=64, lr=1.5e-4, max_new_tokens=40,
-            eval_size=300, eval_samples=4, rs_sft=dict(lr=1e-3))
+TINY = dict(dataset="tiny", device="cpu", sft_steps=0, sft_lr=3e-3, prompts=800, batch=64,
+            lr=1.5e-4, max_new_tokens=40, eval_size=300, eval_samples=4, rs_sft=dict(lr=1e-3))
 MAX_PROMPT = 512           # tokens [App. D]
 PIECE = 1000               # prompts that are answered and judged between two checkpoints [ours]
 POOL, EFT_ITEMS = 25_000, 2000  # rows of the merged pool, UltraFeedback items for EFT [Data]
@@ -221,7 +222,7 @@ CURVES = {
 
 
 def parse(argv):
-    cfg = parse_config(Config, "temporal_sr", __doc__, TINY, METHODS, argv, "ultrafeedback")
+    cfg = parse_config(Config, "temporal_sr", __doc__, TINY, METHODS, argv)
     if (cfg.past or cfg.future) and cfg.method in ("spin", "rs_sft"):
         fail(f"--past and --future: {cfg.method} knows neither")
     if cfg.strict_anchor and not cfg.past:
@@ -237,8 +238,6 @@ def parse(argv):
         fail("--eft_dataset: teaches judging by SFT, and --sft_steps 0 has none")
     if {cfg.eval_dataset, cfg.eft_dataset} & {"tiny", "ultrafeedback"}:
         fail("--eval_dataset and --eft_dataset: give a file or a Hub id")
-    if cfg.dataset == "tiny" and cfg.model != "tiny" and cfg.sft_steps:
-        fail("--dataset tiny: was made for the tiny model; with another --model give --sft_steps 0")
     for name in ("judge_samples", "batch", "eval_samples"):
         if getattr(cfg, name) < 1:
             fail(f"--{name} {getattr(cfg, name)}: must be at least 1")
@@ -249,13 +248,14 @@ def parse(argv):
         if not 0 <= getattr(cfg, name) < math.inf:
             fail(f"--{name} {getattr(cfg, name)}: must be a number from 0 on")
     if cfg.judge != "self":
-        resolve_model(cfg.judge, "--judge")
+        resolve_model(cfg.judge, cfg, "--judge")
     return cfg
 
 
 # ---------------------------------------------------------------------------- 2. task and reward
 
-# The form task of the tiny model: five categories, a word each; the grade counts the right lines.
+# The form task of --dataset tiny: five categories, a word each; the grade counts the right lines.
+FORM = "Fill the form:\n"
 WORDS = {name: words.split() for name, words in {
     "animal": "cat dog cow pig hen fox owl bat bee ant elk emu",
     "colour": "red blue pink grey teal tan navy lime cyan rose ruby jade",
@@ -265,23 +265,7 @@ WORDS = {name: words.split() for name, words in {
     "drink": "tea milk cola wine beer rum gin ale juice cocoa cider soda",
     "city": "rome oslo bonn lima bern cairo delhi paris tokyo seoul kyiv riga",
     "sport": "golf judo polo ski chess rugby darts swim row box surf bowls"}.items()}
-FILLERS = ("um", "hm", "eh", "uh")
 SLOTS = 5
-AUTHORS = (0.2, 0.5, 0.85)  # how often the authors of IFT have a right word [ours]
-JUDGE_NOISE = 0.2           # share of wrong verdicts in EFT: the judge is imperfect on purpose
-FORMS = 32_000              # of IFT, and as many of EFT
-
-
-def fill(rng, question, right):
-    """An answer whose line k has a word of its category if right[k], else one of three mistakes: a
-    filler, a word of another category, or a line of another category."""
-    lines = []
-    for name, good in zip(question.split("\n")[1:], right):
-        other = rng.choice([c for c in WORDS if c != name])
-        mistakes = (name, FILLERS), (name, WORDS[other]), (other, WORDS[other])
-        name, words = (name, WORDS[name]) if good else rng.choice(mistakes)
-        lines.append(f"{name} {rng.choice(words)}")
-    return "\n".join(lines)
 
 
 def verdicts(question, answer):
@@ -294,53 +278,6 @@ def verdicts(question, answer):
 def form_grade(question, answer):
     """The exact grade of an answer, 0 to 5: how many of its lines are right."""
     return float(sum(verdicts(question, answer)))
-
-
-def form_judgement(rng, question, answer):
-    """What EFT teaches the judge: what each line was to be, what it is, and a verdict, wrong in
-    JUDGE_NOISE of all (`animal animal cat ok`); the count of `ok` is the score."""
-    said = [good != (rng.random() < JUDGE_NOISE) for good in verdicts(question, answer)]
-    lines = [f"{name} {line} {'ok' if ok else 'bad'}" for name, line, ok in zip(
-        question.split("\n")[1:], answer.split("\n"), said)]
-    return "\n".join([*lines, f"Score: {sum(said)}"])
-
-
-def form_data():
-    """-> IFT, EFT, prompts and held-out prompts of the form task, as `load_data` has them. Those of
-    IFT and EFT, the prompts, and the held-out prompts are different forms."""
-    rng = random.Random(0)
-    forms = ["\n".join(["Fill the form:", *names]) for names in permutations(WORDS, SLOTS)]
-    rng.shuffle(forms)
-    held_out = [Problem(q, "") for q in forms if common.is_held_out(q)]
-    forms = [q for q in forms if not common.is_held_out(q)]
-    seen, others = forms[:len(forms) // 6], forms[len(forms) // 6:]
-
-    def authored(question):
-        """An answer by one of AUTHORS."""
-        p = rng.choice(AUTHORS)
-        return fill(rng, question, [rng.random() < p for _ in range(SLOTS)])
-
-    ift, eft = [], []
-    for question in rng.choices(seen, k=FORMS):
-        ift.append(Problem(question, "", authored(question)))
-        right = rng.sample(range(SLOTS), rng.randint(0, SLOTS))  # all grades alike often
-        answer = fill(rng, question, [k in right for k in range(SLOTS)])
-        eft.append((question, answer, form_judgement(rng, question, answer)))
-    return ift, eft, [Problem(q, "", authored(q)) for q in others], held_out
-
-
-def form_base(ift, eft):
-    """The untrained tiny model and its tokenizer -> their folder in the cache."""
-    texts = [*(f"{p.question}\n{p.solution}" for p in ift[:1000]),
-             *("\n".join(row) for row in eft[:1000]), FORM_JUDGE]
-    folder = cache_folder("form-base", [*texts, common.TINY_TEMPLATE, *map(inspect.getsource, (
-        form_base, tiny_tokenizer, tiny_model))])
-    if not folder.is_dir():
-        tok, state = tiny_tokenizer(texts, 900), torch.get_rng_state()
-        model = tiny_model(tok)
-        torch.set_rng_state(state)
-        save_once(folder, lambda to: (model.save_pretrained(to), tok.save_pretrained(to)))
-    return folder
 
 
 # Data of real models (D9).
@@ -414,12 +351,25 @@ def hub_data():
             eft_rows([feedback[i] for i in chosen]))
 
 
+def tiny_data(cfg):
+    """`load_data` of --dataset tiny, whose files are split as they should be: the forms of IFT and
+    EFT, the prompts and the held-out prompts are different ones."""
+    def rows(part, *names):
+        """These columns of one of the files."""
+        return columns(tiny_rows(cfg, part, "--dataset"), "--dataset tiny", names)
+
+    pair = "prompt", "response"
+    ift, eft = (rows("ift", *pair), rows("eft", *COLUMNS)) if cfg.sft_steps else ([], [])
+    ift, prompts = ([Problem(q, "", a) for q, a in part] for part in (ift, rows("train", *pair)))
+    return ift, eft, prompts, [Problem(q, "") for q, in rows("test", "prompt")]
+
+
 def load_data(cfg):
     """-> IFT, a list of Problems whose `solution` is the response; EFT, a list of (prompt,
     response, judgement); prompts and held-out prompts, Problems. No prompt is in two of them, but
     for EFT's."""
     if cfg.dataset == "tiny":
-        return form_data()
+        return tiny_data(cfg)
     eft, what = [], f"--dataset {cfg.dataset}"
     if cfg.dataset == "ultrafeedback":
         try:
@@ -476,7 +426,6 @@ User: {question}
 First justify your total briefly, in up to 100 words. Then conclude with exactly this line:
 Score: <total points>
 Keep the perspective of an AI assistant, and use knowledge from a web search where needed."""
-FORM_JUDGE = "Judge: {question}\n<response>\n{response}\n</response>"  # the tiny model's
 MARK = r"score[ \t*_`]*[:\uff1a]"
 SCORE = re.compile(  # it begins a line or a sentence, and nothing but markup follows the number
     r"(?:^|[.!?;)][ \t])[ \t>*_#`-]*(?:(?:total|final|overall)[ \t]+)?" + MARK +
@@ -492,14 +441,14 @@ def quoted(text):
     return re.sub(MARK, lambda m: m[0][:-1] + " -", text, flags=re.I)
 
 
-def judge_prompts(tok, pairs):
-    """[(question, response)] -> the judge prompts as ids; the tiny model has a short one."""
+def judge_prompts(model, tok, pairs):
+    """[(question, response)] -> the judge prompts as ids: those that the model learned judging with
+    (the tiny one's are short), else the paper's."""
     if not pairs:
         return []
-    tiny = tok.chat_template == common.TINY_TEMPLATE
-    texts = [(FORM_JUDGE if tiny else JUDGE).format(question=quoted(q), response=quoted(r))
-             for q, r in pairs]
-    return encode_questions(tok, texts, "" if tiny else JUDGE_SYSTEM)
+    own = own_prompt(model, "judge")
+    texts = [(own or JUDGE).format(question=quoted(q), response=quoted(r)) for q, r in pairs]
+    return encode_questions(tok, texts, "" if own else JUDGE_SYSTEM)
 
 
 def parse_score(text):
@@ -622,13 +571,14 @@ class Grader:
         """Samples M_0's answers, with which all others are compared."""
         self.models, self.M_0, self.held_out, self.cfg = models, M_0, held_out, cfg
         self.last = {}  # what the last iteration's pairs were like
+        self.exact = all(p.question.startswith(FORM) for p in held_out)
         self.base = self.answers(M_0, "M_0")
         self.base_grades = self(self.base, "M_0")
         models.load(M_0)
 
     def __call__(self, pairs, *names):
         """[(question, response)] -> grades, a tensor; nan where a judge gives none"""
-        if self.cfg.dataset == "tiny":
+        if self.exact:
             return torch.tensor([form_grade(*pair) for pair in pairs])
         said = self.models.judged_by(self.M_0, pairs, *names, "grader")
         return torch.tensor([score for score, *_ in said])
@@ -765,7 +715,7 @@ def unpacked(answers, prompts, source):
 def judgements(model, tok, pairs, cfg, rng):
     """[(question, response)] -> for each the fields of a Candidate from `score` on. A judge prompt
     that leaves no room in the context counts as invalid."""
-    k, prompts = cfg.judge_samples, judge_prompts(tok, pairs)
+    k, prompts = cfg.judge_samples, judge_prompts(model, tok, pairs)
     context = getattr(causal_lm(model).config, "max_position_embeddings", math.inf)
     fits = [i for i, p in enumerate(prompts) if len(p) + cfg.max_new_tokens <= context]
     drawn = sample(model, tok, [prompts[i] for i in fits], k, cfg.max_new_tokens,
@@ -791,8 +741,9 @@ def run_rates(cfg, steps, peak):
 def sft_rows(policy, tok, ift, eft, cfg):
     """IFT and EFT as Samples that fit --max_new_tokens and the context; says how many."""
     context = getattr(causal_lm(policy).config, "max_position_embeddings", math.inf)
+    asked = judge_prompts(policy, tok, [row[:2] for row in eft])
     parts = (as_samples(tok, [p.prompt for p in ift], [p.solution for p in ift]),
-             as_samples(tok, judge_prompts(tok, [row[:2] for row in eft]), [r[2] for r in eft]))
+             as_samples(tok, asked, [row[2] for row in eft]))
     kept = [[s for s in part if len(s.tokens) <= cfg.max_new_tokens
              and len(s.prompt) + len(s.tokens) <= context] for part in parts]
     told = (f"{len(kept[0])} of {len(ift)} answers (IFT) and {len(kept[1])} of {len(eft)} "
@@ -868,10 +819,9 @@ def set_up(cfg, run):
     judge = None if cfg.judge == "self" else load_model(cfg.judge, cfg, flag="--judge")
     if judge:
         judge[0].to("cpu")
-    base = cfg.model
-    if base == "tiny":
-        base = form_base(*((ift, eft) if cfg.dataset == "tiny" else form_data()[:2]))
-    folder = sft_folder(cfg, run, base, ift, eft)
+    base, folder = cfg.model, run.folder.resolve() / "sft"
+    if base == "tiny" and cfg.sft_steps:  # its M_0 is there already, made from this
+        base = tiny_path(cfg, "base", "--model")
     if folder.is_dir():  # SFT is done
         ift, eft = [], []
     policy, tok = load_model(str(folder if folder.is_dir() else base), cfg, cfg.lora)
@@ -893,20 +843,6 @@ def set_up(cfg, run):
         fail(f"--dataset {cfg.dataset}: no held-out prompt is left; give --eval_dataset")
     rows = sft_rows(policy, tok, ift, eft, cfg) if cfg.sft_steps and not folder.is_dir() else []
     return policy, tok, judge, rows, prompts, held_out[:cfg.eval_size or None], folder
-
-
-def sft_folder(cfg, run, base, ift, eft):
-    """Where M_0 is kept: in the run folder, the tiny model's in the cache, for all methods."""
-    if cfg.model != "tiny" or cfg.dataset != "tiny":
-        return run.folder.resolve() / "sft"
-    rows = [f"{p.question}\n{p.solution}" for p in ift] + ["\n".join(row) for row in eft]
-    code = (supervise, sft_rows, run_rates, learning_rate, judge_prompts, quoted, sft_step, update,
-            cross_entropy_backward, response_logps, MasterAdamW, encode_questions, as_samples,
-            problem_stream)
-    flags = ("seed", "sft_steps", "sft_lr", "batch", "warmup_steps", "lora", "max_new_tokens",
-             "max_grad_norm", "micro_tokens", "device")
-    return cache_folder("form", [*rows, base.name, FORM_JUDGE, MARK, *map(inspect.getsource, code),
-                                 str([getattr(cfg, name) for name in flags])])
 
 
 def data_answers(tok, prompts):

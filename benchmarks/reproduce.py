@@ -12,9 +12,11 @@ then the results section of the README (claims.py).
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,16 +35,12 @@ ROOT = Path(__file__).parent.parent
 
 def poor_judge(script):
     """A judge that learned from more wrong verdicts."""
-    script.JUDGE_NOISE = 0.3
+    script.common.TINY = world("poor judge")
 
 
 def blind_judge(script):
     """A judge that learned to let one of the four fillers pass: a bias, where the noise is none."""
-    def form_judgement(rng, question, answer):
-        told = judgement(rng, question, answer).replace(" um bad", " um ok")
-        return f"{told[:told.rindex(' ')]} {told.count(' ok')}"
-
-    judgement, script.form_judgement = script.form_judgement, form_judgement
+    script.common.TINY = world("blind judge")
 
 
 def sgd(script):
@@ -59,16 +57,7 @@ def sgd(script):
 def rubber_stamp(script):
     """A tiny model whose checks inform of nothing: they say ok, whatever they observe. Its lazy
     start is another than the other rows'."""
-    def trace(rng, constraints, thorough):
-        lazy = true_trace(rng, constraints, False)
-        if not thorough:
-            return lazy
-        plan, page = lazy.split(f"\n{script.THINK_END}\n")
-        checks = "".join(f" {kind.tag(kwargs)} {kind.observe(page, kwargs)} ok"
-                         for kind, kwargs in ((script.TINY_KINDS[k], v) for k, v in constraints))
-        return f"{plan} draft{page} check{checks}\n{script.THINK_END}\n{page}"
-
-    true_trace, script.trace = script.trace, trace
+    script.common.TINY = world("rubber stamp")
 
 
 def hard_only(script):
@@ -102,7 +91,56 @@ def calibrated(script):
 def better_start(script):
     """In the place of the warmed-up model what gcpo.py, seed 0, made of it: it solves half of the
     hard problems."""
-    script.common.tiny_model_folder = lambda: folder_of("gcpo", "gcpo", 0) / "model"
+    script.Config.tiny = script.Config.tiny | {"model": folder_of("gcpo", "gcpo", 0) / "model"}
+
+
+# What these rows change in tiny/make.py.
+
+
+def noisier(make):
+    make.JUDGE_NOISE = 0.3
+
+
+def blinder(make):
+    def form_judgement(rng, question, answer):
+        told = judgement(rng, question, answer).replace(" um bad", " um ok")
+        return f"{told[:told.rindex(' ')]} {told.count(' ok')}"
+
+    judgement, make.form_judgement = make.form_judgement, form_judgement
+
+
+def stamping(make):
+    def trace(rng, constraints, thorough):
+        lazy = true_trace(rng, constraints, False)
+        if not thorough:
+            return lazy
+        plan, page = lazy.split(f"\n{make.THINK_END}\n")
+        checks = "".join(f" {tag} {make.KINDS[kind][1](page, kwargs)} ok" for tag, (kind, kwargs)
+                         in zip(make.tags(constraints), constraints))
+        return f"{plan} draft{page} check{checks}\n{make.THINK_END}\n{page}"
+
+    true_trace, make.trace = make.trace, trace
+
+
+WORLDS = {"poor judge": ("forms", noisier), "blind judge": ("forms", blinder),
+          "rubber stamp": ("constraints", stamping)}
+
+
+def world(name):
+    """-> a copy of tiny/, which is kept, in which the changed make.py made one world anew."""
+    folder = ROOT / "runs" / "reproduce" / "worlds" / name.replace(" ", "_")
+    if not folder.is_dir():
+        sys.path[:0] = [str(ROOT / "tiny"), str(ROOT)]
+        make = importlib.reload(importlib.import_module("make"))
+        part, change = WORLDS[name]
+        change(make)
+        new = folder.with_suffix(".new")
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(ROOT / "tiny", new)
+        make.torch.set_num_threads(1)
+        getattr(make, f"make_{part}")(new / part)
+        new.rename(folder)
+    return folder
 
 
 VARIATIONS = {f.__name__.replace("_", " "): f for f in (
@@ -443,13 +481,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     args = parser.parse_args()
     seeds = range(args.seeds)
-    sys.path.insert(0, str(ROOT))
-    import common
-    import light_if
-
     for script in [args.only] if args.only else ROWS:
-        # what many jobs begin with is made here, or each would make it at once
-        light_if.tiny_folder() if script == "light_if" else common.tiny_model_folder()
+        for name in {variation_of(row) for row in ROWS[script]} & WORLDS.keys():
+            world(name)  # here, or each of the jobs would make it at once
         if script == "laser":
             run("gcpo", "gcpo", ROWS["gcpo"]["gcpo"], 0)
         (name, flags), *baselines = ROWS[script].items()

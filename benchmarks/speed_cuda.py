@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from speed import ROOT, about, plain_sampling, qwen2
@@ -43,8 +44,7 @@ def random_model(size, device):
     with torch.device(device):
         model = qwen2(shape, VOCAB, tied)
     torch.set_default_dtype(torch.float32)
-    problems = common.tiny_problems((1, 2, 3), "train")[:500]
-    tok = common.tiny_tokenizer([t for p in problems for t in (p.question, p.solution)])
+    tok = AutoTokenizer.from_pretrained(common.TINY / "arithmetic")
     model.generation_config.eos_token_id = tok.eos_token_id
     return model, tok
 
@@ -114,9 +114,9 @@ def memory(device="cuda", cells=(("1.5B", []), ("7B", ["--lora"]))):
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        rows = [{"question": p.question, "answer": p.answer, "solution": p.solution,
-                 "prompt": p.question, "response": p.solution, "instruction": p.question}
-                for p in common.tiny_problems((1, 2, 3), "train")[:66]]
+        rows = common.tiny_rows(common.Config(), "train", "--dataset")[:66]
+        rows = [{**row, "prompt": row["question"], "response": row["solution"],
+                 "instruction": row["question"]} for row in rows]
         ifeval = [{"prompt": f"{r['question']} Do not use any commas.", "kwargs": [{}],
                    "instruction_id_list": ["punctuation:no_comma"]} for r in rows[64:]]
         for name, part in (("train", rows[:64]), ("test", rows[64:]), ("ifeval", ifeval)):

@@ -1,42 +1,55 @@
-"""Fixtures: a briefly warmed-up tiny model, built once per test session, and checkpoints of it."""
+"""Fixtures: the tiny model, and tiny/ with fewer rows; warnings of our calls are errors."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = map(str, (ROOT, ROOT / "tiny", ROOT / "benchmarks"))
 os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses: the thread count changes the last digits
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may reach for the network; test_hub.py brings its own
 
-import common
+import common  # noqa: E402
 
 torch.set_num_threads(1)
 
 
+ROWS = {"train": 300, "annotated": 300, "ift": 200, "eft": 200, "prompts": 200}  # else 20
+
+
+def pytest_configure(config):
+    for kind in ("DeprecationWarning", "FutureWarning", "ResourceWarning",
+                 "pytest.PytestUnraisableExceptionWarning"):  # a ResourceWarning ends up as one
+        config.addinivalue_line("filterwarnings", f"error::{kind}")
+    # peft's call of transformers, when a test loads adapters with it
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """Keeps every cache in a folder of the session, and warm-up and problem lists short."""
-    folder = tmp_path_factory.mktemp("cache")
-    os.environ["XDG_CACHE_HOME"] = str(folder)
-    common.TINY_SPLITS = {"train": (0, 300), "test": (1, 20)}
-    common.WARM_UP = {"steps": 150, "batch": 32, "lr": 3e-3, "levels": (1, 1, 2)}
+def worlds(tmp_path_factory):
+    """tiny/ with the first rows of its files only, so that runs start within a second."""
+    folder = tmp_path_factory.mktemp("worlds") / "tiny"
+    shutil.copytree(common.TINY, folder)
+    for path in folder.rglob("*.jsonl"):
+        rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(rows[:ROWS.get(path.stem, 20)]))
+    common.TINY = folder
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny(cache):
-    """-> (model, tokenizer): right on some of level 1, hardly ever above."""
-    return common.load_model("tiny", SimpleNamespace(device="cpu"))
+def tiny(worlds):
+    """-> (model, tokenizer) of tiny/arithmetic"""
+    return common.load_model("tiny", common.Config(device="cpu"))
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(cache):
-    return str(common.tiny_model_folder())
+def tiny_folder(worlds):
+    return str(worlds / "arithmetic")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """carft.py end to end, in-process on small checkpoints: both stages, resumes, refuses."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -8,7 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import AutoPeftModelForCausalLM
-from test_common import GSM, check_metrics, flat, llama_folder, spy, write  # noqa: F401 (a fixture)
+from test_common import (  # noqa: F401 (a fixture)
+    GSM,
+    check_metrics,
+    flat,
+    jsonl,
+    llama_folder,
+    spy,
+    write,
+)
 from transformers import AutoModelForCausalLM
 
 import carft
@@ -31,7 +40,7 @@ def quick(monkeypatch, request):
 
 def run(out, *argv, steps=3):
     carft.main([*SMALL, "--steps", str(steps), "--out", str(out), *map(str, argv)])
-    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+    return jsonl(out / "metrics.jsonl")
 
 
 def weights(folder):
@@ -54,10 +63,11 @@ def test_run_folder(tmp_path, capsys):
     for when in ("before", "after"):
         assert {"accuracy", "accuracy/level2", "accuracy/level4", "cos_other"} <= set(summary[when])
         assert "accuracy/level1" not in summary[when]
-    samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
+    samples = jsonl(folder / "samples.jsonl")
     assert {"step", "prompt", "response", "reward", "annotated"} == set(samples[0])
     assert all("####" in s["annotated"] for s in samples)
-    assert any(carft.is_terse(s["annotated"]) for s in samples)
+    terse = [re.search(r"^\d+[+-]\d+[+-]", s["annotated"], re.M) for s in samples]
+    assert any(terse) and not all(terse)
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "samples.jsonl", "sft",
         "summary.json", "vectors.png"]
@@ -199,12 +209,12 @@ def test_annotated_cot_of_their_own_length(tiny):
     problems = [common.Problem("q", "3", "1+2=3\n#### 3", prompt=(5, 6)),
                 common.Problem("q", "4", "2+2=4\n#### 4", prompt=(5, 6)),
                 common.Problem("p", "3", "", prompt=(5, 7))]
-    cfg = SimpleNamespace(dataset="tiny", max_new_tokens=1000)
-    (problem, sample), = carft.annotate(problems, tiny[1], cfg)
+    cfg = SimpleNamespace(max_new_tokens=1000)
+    (problem, sample), = carft.annotate(problems, *tiny, cfg)
     assert problem.question == "q" and sample.prompt == (5, 6), "each question once"
     for longest, found in ((len(sample.tokens), 1), (len(sample.tokens) - 1, 0)):
         cfg.max_new_tokens = longest
-        assert len(carft.annotate(problems, tiny[1], cfg)) == found
+        assert len(carft.annotate(problems, *tiny, cfg)) == found
 
 
 def test_no_stage_1(tmp_path):
@@ -351,7 +361,7 @@ def test_the_contrast_is_minimised(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(carft, "answer_of", lambda text, problem: (True, True))
         rows = run(tmp_path / "r", "--cl_coef", 1, "--vf_coef", 0, "--kl_coef", 0, "--lr", 1e-3,
-                   "--prompts", 32, steps=15)
+                   "--prompts", 32, steps=30)
     losses = [r["cl/loss"] for r in rows[1:]]
     assert sum(losses[-3:]) < sum(losses[:3]) - 1
     assert rows[-1]["cl/cos_other"] < rows[1]["cl/cos_other"] - .2
@@ -376,10 +386,11 @@ def test_every_row_meets_its_own_problem_and_annotation(tmp_path, monkeypatch):
         assert "####" in own.text
 
 
-def test_no_question_is_in_a_batch_twice(tmp_path, monkeypatch):
+def test_no_question_is_in_a_batch_twice(tmp_path, monkeypatch, worlds):
     samples = spy(monkeypatch, carft, "sample")
-    monkeypatch.setattr(carft, "ANNOTATED", 20)  # an epoch is two batches of 8, four are dropped
-    run(tmp_path / "r", steps=5)
+    data = write(tmp_path / "a.jsonl", jsonl(worlds / "arithmetic/annotated.jsonl")[:20])
+    flags = "--dataset", data, "--eval_dataset", "tiny"
+    run(tmp_path / "r", *flags, steps=5)  # an epoch is two batches of 8, four are dropped
     batches = [a[2] for a, _ in samples if a[5] == 1. and len(a[2]) == 8]
     assert len(batches) == 5
     for first, second in zip(batches[::2], batches[1::2]):
@@ -400,9 +411,9 @@ def test_log_probs_are_at_the_sampling_temperature(tmp_path, monkeypatch):
 
 def test_drgrpo(tmp_path, monkeypatch):
     calls = spy(monkeypatch, carft, "policy_loss")
-    run(tmp_path / "r", "--method", "drgrpo", "--prompts", 4, "--group", 4, steps=1)
+    run(tmp_path / "r", "--method", "drgrpo", "--prompts", 8, "--group", 4, steps=1)
     (logp, old, A, mask, weight), _ = calls[0]
-    assert torch.allclose(weight, torch.full_like(weight, 1 / (16 * 48)))
+    assert torch.allclose(weight, torch.full_like(weight, 1 / (32 * 48)))
     assert torch.equal(logp, old)
     values = {round(abs(a), 4) for a in A[mask > 0].tolist()}
     assert values <= {.25, .5, .75} and len(values) > 1, "r - mean of groups of 4, not divided"
@@ -486,7 +497,7 @@ def test_resume_is_exact(tmp_path, argv, monkeypatch, tiny_folder):
         run(tmp_path / "cut", *argv, steps=4)
     monkeypatch.setattr(carft, "sample", real)
     carft.main(["--resume", str(tmp_path / "cut")])
-    rows = [json.loads(line) for line in open(tmp_path / "cut" / "metrics.jsonl")]
+    rows = jsonl(tmp_path / "cut" / "metrics.jsonl")
     assert rows == whole
 
 
@@ -506,7 +517,7 @@ def test_killed_around_stage_1(tmp_path, argv, when, monkeypatch, tiny_folder):
         run(tmp_path / "cut", *argv, steps=2)
     assert (tmp_path / "cut" / "sft").exists() == (when == "after")
     carft.main(["--resume", str(tmp_path / "cut")])
-    assert [json.loads(line) for line in open(tmp_path / "cut" / "metrics.jsonl")] == whole
+    assert jsonl(tmp_path / "cut" / "metrics.jsonl") == whole
 
 
 # --------------------------------------------------------------------------------------- real input
@@ -536,19 +547,12 @@ def test_real_input(tmp_path, rows, llama_folder, monkeypatch):  # noqa: F811
 
 
 def test_targets():
-    tok = SimpleNamespace(chat_template=None)
-    cfg = SimpleNamespace(dataset="gsm8k")
     p = common.Problem("q", "72", "48/2 = 24\n24+48 = 72\n#### 72")
-    assert carft.annotated_cot(p, cfg, tok) == \
-        "48/2 = 24\n24+48 = 72\nTherefore, the answer is: 72"
-    assert carft.annotated_cot(common.Problem("q", "72"), cfg, tok) == ""
-    tiny = SimpleNamespace(dataset="tiny")  # with another model's tokenizer
-    p = common.Problem("q", "3", "1+2=3\n#### 3")
-    assert carft.annotated_cot(p, tiny, tok) == "1+2=3\nTherefore, the answer is: 3"
-    assert carft.annotated_cot(p, tiny, SimpleNamespace(
-        chat_template=common.TINY_TEMPLATE)) == "1+2=3\n#### 3"
+    assert carft.annotated_cot(p, False) == "48/2 = 24\n24+48 = 72\nTherefore, the answer is: 72"
+    assert carft.annotated_cot(p, True) == p.solution
+    assert carft.annotated_cot(common.Problem("q", "72"), False) == ""
     p = common.Problem("q", "203.0", "29 * 7 = 203\n\nTherefore, the answer is <203>.")
-    text = carft.annotated_cot(p, cfg, tok)
+    text = carft.annotated_cot(p, False)
     assert text.endswith("is <203>.\nTherefore, the answer is: 203.0")
     assert common.extract_answer(text) == "203.0"
 

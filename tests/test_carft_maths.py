@@ -20,7 +20,6 @@ from carft import (
     critic_statistics,
     gae,
     group_advantages,
-    is_terse,
     kl_shaped_rewards,
     learning_rates,
     negative_loss,
@@ -33,7 +32,6 @@ from carft import (
     row_weights,
     scope_mask,
     state_values,
-    terse,
     token_sets,
     value_loss,
     whiten,
@@ -513,15 +511,6 @@ def test_answer(text, found):
 def test_an_answer_that_is_no_number():
     assert answer_of("#### \\frac{\\pi}{2}", Problem("?", "\\pi/2")) == (True, False)
     assert answer_of("#### x+1", Problem("?", "x+2")) == (False, False)
-
-
-def test_terse_annotators():
-    full = "12-5=7\n7+17=24\n24+1=25\n#### 25"
-    assert terse(full) == "12-5+17=24\n24+1=25\n#### 25"
-    assert terse("1+1=2\n#### 2") == "1+1=2\n#### 2"
-    assert terse("1+1=2\n2-1=1\n#### 1") == "1+1-1=1\n#### 1"
-    assert is_terse(terse(full)) and not is_terse(full) and not is_terse("")
-    assert terse("9+1=10\n10-3=7\n7+2=9\n9-9=0\n#### 0") == "9+1-3=7\n7+2-9=0\n#### 0"
 
 
 def test_cosine_statistics():

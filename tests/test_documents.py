@@ -113,5 +113,5 @@ def test_scripts_keep_their_shape(name):
 
 def test_fixed_tree():
     allowed = {"README.md", "requirements.txt", "Makefile", "common.py", "tests", "benchmarks",
-               "gcpo.py", "laser.py", "carft.py", "temporal_sr.py", "light_if.py", "runs"}
+               "gcpo.py", "laser.py", "carft.py", "temporal_sr.py", "light_if.py", "tiny", "runs"}
     assert {p.name for p in ROOT.glob("[!._]*")} <= allowed

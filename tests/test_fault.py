@@ -1,7 +1,6 @@
 """What happens to a run at night: kills, signals, full disks, damaged files, a second process, a
 folder from somebody else, numbers that are not finite."""
 
-import errno
 import importlib
 import json
 import os
@@ -24,6 +23,8 @@ from test_gcpo import SMALL, run, weights
 
 import common
 import gcpo
+import light_if
+import temporal_sr
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +41,7 @@ def quick(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, cache):
+def runs(tmp_path_factory, worlds):
     """-> the folders of a run of six steps, and of one that ended after four."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
@@ -270,7 +271,7 @@ def test_two_processes_in_one_folder(four, refused):
         assert "another process is at work" in refused(gcpo.main, *argv)
     assert text_of(four) == before
     other.kill()
-    other.wait()
+    other.communicate()
     gcpo.main(["--resume", str(four), "--steps", "5"])
     assert len(text_of(four)[0].splitlines()) == 6
 
@@ -304,12 +305,6 @@ def test_a_read_only_folder(tmp_path):
     done = mounted(tmp_path, f"--bind -o ro {tmp_path}/disk", " ".join(argv))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "cannot be written (Read-only file system)" in done.stderr
-
-
-def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(common.Path, "mkdir", lambda *a, **k: (_ for _ in ()).throw(
-        OSError(errno.ENOSPC, "No space left on device")))
-    assert "No space left" in refused(lambda argv: common.cache_folder("x", []))
 
 
 def test_a_run_that_has_lost_its_checkpoint_is_left_alone(tmp_path, refused):
@@ -458,14 +453,31 @@ def test_a_checkpoint_of_another_model(four, refused):
     assert "is not a checkpoint of this run" in refused(gcpo.main, "--resume", four, "--steps", 6)
 
 
-def test_a_broken_cached_model_says_what_to_delete(tmp_path, tiny_folder, refused, monkeypatch):
+@pytest.mark.parametrize("script, name, says", [
+    (gcpo, "arithmetic/model.safetensors", "copy it anew"),
+    (gcpo, "arithmetic/train.jsonl", "line 3 is not valid JSON"),
+    (light_if, "constraints/test.jsonl", "line 3 is not valid JSON"),
+    (temporal_sr, "forms/prompts.jsonl", "line 3 is not valid JSON")])
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_missing_or_damaged_tiny_says_so(tmp_path, worlds, refused, monkeypatch, script, name,
+                                           says, missing):
     folder = tmp_path / "tiny"
-    common.shutil.copytree(tiny_folder, folder)
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[:1000])
-    monkeypatch.setattr(common, "tiny_model_folder", lambda: folder)
-    error = refused(gcpo.main, *SMALL, "--out", tmp_path / "r")
-    assert str(folder) in error and "delete" in error
+    common.shutil.copytree(worlds, folder)
+    monkeypatch.setattr(common, "TINY", folder)
+    if missing:
+        name = name.removesuffix("/model.safetensors")
+        remove = common.shutil.rmtree if (folder / name).is_dir() else common.Path.unlink
+        remove(folder / name)
+        says = f"{name} is missing; it comes with these scripts"
+    elif name.endswith("jsonl"):
+        lines = (folder / name).read_text().splitlines()
+        (folder / name).write_text("\n".join([*lines[:2], lines[2][:9], *lines[3:]]))
+    else:
+        (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+    error = refused(script.main, "--out", tmp_path / "r")
+    assert says in error and str(folder) in error and "copy" in error
+    assert not (tmp_path / "r" / "config.json").exists()
+
 
 
 # ---------------------------------------------------------------------- numbers that are not finite

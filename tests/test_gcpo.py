@@ -12,7 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_common import GSM, check_metrics, flat, llama_folder, write  # noqa: F401 (a fixture)
+from test_common import (  # noqa: F401 (a fixture)
+    GSM,
+    check_metrics,
+    flat,
+    jsonl,
+    llama_folder,
+    tiny_problems,
+    write,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -25,7 +33,7 @@ SMALL = "--prompts 4 --group 3 --max_new_tokens 48 --eval_size 10 --lr 1e-3 --wa
 
 def run(out, *argv, steps=2):
     gcpo.main([*SMALL, "--steps", str(steps), "--out", str(out), *map(str, argv)])
-    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+    return jsonl(out / "metrics.jsonl")
 
 
 def weights(out):
@@ -49,7 +57,7 @@ def test_run_folder(tmp_path, capsys, tiny):
         "script": "gcpo", "method": "gcpo", "model": "tiny", "seed": 0, "steps": 2}
     for when in ("before", "after"):
         assert {"accuracy", "accuracy/level4", "mean@2", "pass@2", "maj@2"} <= set(summary[when])
-    samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
+    samples = jsonl(folder / "samples.jsonl")
     assert {"step", "prompt", "response", "reward", "golden"} == set(samples[0])
     assert any(s["golden"] and s["reward"] == 1 for s in samples)
     assert (folder / "curves.png").stat().st_size > 10_000
@@ -83,7 +91,7 @@ def test_one_update_has_ratio_one_and_no_loss(tmp_path):
     for r in run(tmp_path / "r", "--prompts", 8)[1:]:
         assert abs(r["loss/total"]) < 1e-5 < r["optim/grad_norm"]
         assert r["policy/clipped"] == 0 and r["golden/clipped"] == 0
-        assert r["policy/mismatch"] < 1e-5
+        assert r["policy/mismatch"] < 1e-4  # rounding, at logits of up to 30
 
 
 def test_several_updates_move_the_ratio_and_clip_the_golden_answer(tmp_path):
@@ -235,7 +243,7 @@ def test_old_probability_one_is_for_golden_answers_only(tmp_path, monkeypatch):
 
 def test_one_step_on_a_repaired_group_learns_the_golden_answer(tiny, policy):
     _, tok = tiny
-    problem = common.tiny_problems((4,), "train")[0]
+    problem = tiny_problems((4,), 1)[0]
     problem.prompt = tuple(common.encode_questions(tok, [problem.question])[0])
     torch.manual_seed(0)
     samples = common.sample(policy, tok, [problem.prompt], 4, 40, 1.0)
@@ -250,7 +258,7 @@ def test_one_step_on_a_repaired_group_learns_the_golden_answer(tiny, policy):
     loss.backward()
     with torch.no_grad():
         for p in policy.parameters():
-            p -= .05 * p.grad
+            p -= 1e-4 * p.grad
         change = (common.response_logps(policy, ids, mask, 1.0)[0] - logp).sum(1)
     assert change[2] > 0 > change[[0, 1, 3]].mean()
 
@@ -295,10 +303,12 @@ def test_golden_answer_closes_a_thought_that_the_template_opened(tiny, tmp_path)
 
 
 def test_golden_answers_from_a_model(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(common, "TINY_LEVELS", (1,))
-    rows = run(tmp_path / "r", "--golden", tiny_folder, "--prompts", 8)
-    lines = [json.loads(line) for line in open(tmp_path / "r" / "golden.jsonl")]
-    problems = {p.question: p for p in common.tiny_problems((1,), "train")}
+    problems = tiny_problems((1, 4), 100)
+    data = write(tmp_path / "a.jsonl", [vars(p) for p in problems])
+    flags = ["--golden", tiny_folder, "--prompts", 8, "--dataset", data]
+    rows = run(tmp_path / "r", *flags)
+    lines = jsonl(tmp_path / "r" / "golden.jsonl")
+    problems = {p.question: p for p in problems}
     right = [x for x in lines if x["text"]]
     assert len(lines) == 16, "one line for every problem that the run can meet"
     assert {"model", "question", "answer", "text"} == set(lines[0]) and right
@@ -313,13 +323,13 @@ def test_golden_answers_from_a_model(tmp_path, tiny_folder, monkeypatch):
     (tmp_path / "s").mkdir()
     cut = "".join(json.dumps(x) + "\n" for x in lines[:5]) + '{"question": "half a l'
     (tmp_path / "s" / "golden.jsonl").write_text(cut)
-    assert run(tmp_path / "s", "--golden", tiny_folder, "--prompts", 8) == rows
+    assert run(tmp_path / "s", *flags) == rows
     assert calls == [tiny_folder]
-    assert [json.loads(line) for line in open(tmp_path / "s" / "golden.jsonl")][5:] == lines
+    assert jsonl(tmp_path / "s" / "golden.jsonl")[5:] == lines
 
 
 def test_a_truncated_answer_of_the_model_is_no_golden_answer(tmp_path, tiny_folder, monkeypatch):
-    problem = common.tiny_problems((1,), "train")[0]
+    problem, = tiny_problems((1,), 1)
     cfg = gcpo.Config(golden=tiny_folder, device="cpu", max_new_tokens=40, steps=1, prompts=1)
     for finished in (False, True):
         monkeypatch.setattr(gcpo, "sample", lambda *a, finished=finished: [
@@ -353,7 +363,7 @@ def test_lora_run(tmp_path, llama_folder):  # noqa: F811
     assert whole[2]["policy/kl"] > 0, "the reference follows the policy"
     run(tmp_path / "s", *flags, steps=2)
     gcpo.main(["--resume", str(tmp_path / "s"), "--steps", "4"])
-    assert [json.loads(line) for line in open(tmp_path / "s" / "metrics.jsonl")] == whole
+    assert jsonl(tmp_path / "s" / "metrics.jsonl") == whole
     assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
 
 
@@ -376,7 +386,7 @@ def test_resume_is_exact(tmp_path):
 def test_killed_at_a_random_moment_and_resumed(tmp_path, tiny_folder):
     data = write(tmp_path / "a.jsonl", [
         {"question": p.question, "answer": p.answer, "solution": p.solution}
-        for p in common.tiny_problems((1, 2), "train")])
+        for p in tiny_problems((1, 2), 300)])
     flags = ["--model", tiny_folder, "--dataset", data, "--save_every", 2, "--eval_every", 9]
     run(tmp_path / "whole", *flags, steps=20)
     argv = [*SMALL, *map(str, flags), "--steps", "20", "--out", str(tmp_path / "r")]
@@ -398,7 +408,7 @@ def test_killed_between_the_two_renames_of_a_checkpoint(tmp_path):
     run(tmp_path / "r", steps=2)
     (tmp_path / "r" / "checkpoint").rename(tmp_path / "r" / "checkpoint.old")
     gcpo.main(["--resume", str(tmp_path / "r"), "--steps", "3"])
-    rows = [json.loads(line) for line in open(tmp_path / "r" / "metrics.jsonl")]
+    rows = jsonl(tmp_path / "r" / "metrics.jsonl")
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
 
 
@@ -407,7 +417,7 @@ def test_killed_before_the_first_checkpoint(tmp_path):
     run(tmp_path / "r", steps=2)
     common.shutil.rmtree(tmp_path / "r" / "checkpoint")
     gcpo.main(["--resume", str(tmp_path / "r")])
-    assert [json.loads(line) for line in open(tmp_path / "r" / "metrics.jsonl")] == whole
+    assert jsonl(tmp_path / "r" / "metrics.jsonl") == whole
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):

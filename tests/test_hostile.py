@@ -14,6 +14,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import make
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -247,13 +248,13 @@ def test_a_bad_line_of_golden_answers(line, tmp_path):
 # ------------------------------------------------------------------------------ special tokens
 
 
-TOKENIZERS = {"tiny": common.tiny_tokenizer(["Ada has 12 figs"]), "word": word_tokenizer(),
+TOKENIZERS = {"tiny": make.tokenizer(["Ada has 12 figs"], 320), "word": word_tokenizer(),
               "BOS": word_tokenizer(bos=True), "chat": word_tokenizer(template=True)}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_no_text_becomes_a_control_token(name):
-    tok = TOKENIZERS[name]
+    tok, model = TOKENIZERS[name], SimpleNamespace(config=SimpleNamespace())
     special, tokens = set(tok.all_special_ids), common.special_tokens(tok)
     parts = [part for t in tokens for k in (1, 2, 3) for part in (t[:k], t[k:])]
 
@@ -269,7 +270,7 @@ def test_no_text_becomes_a_control_token(name):
         sample, = common.as_samples(tok, [[1]], [text])
         assert control(sample.tokens) == [tok.eos_token_id]
         assert not any(t in sample.text for t in tokens)
-        prompts = temporal_sr.judge_prompts(tok, [(text, text), ("x", "x")])
+        prompts = temporal_sr.judge_prompts(model, tok, [(text, text), ("x", "x")])
         assert control(prompts[0]) == control(prompts[1])
     check()
 
@@ -414,7 +415,8 @@ def test_the_checking_process(monkeypatch):
 
     class Interrupted:
         stdin = again.stdin
-        stdout = SimpleNamespace(readline=lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        stdout = SimpleNamespace(readline=lambda: (_ for _ in ()).throw(KeyboardInterrupt()),
+                                 close=again.stdout.close)
         kill, wait = again.kill, again.wait
     monkeypatch.setattr(common, "answer_checker", type("F", (), {
         "__call__": lambda self, pid: Interrupted, "cache_clear": lambda self: None})())
@@ -424,6 +426,7 @@ def test_the_checking_process(monkeypatch):
 
 
 def test_the_checking_process_ends_with_its_parent():
+    common.answer_checker.cache_clear()
     assert common.same_latex("(1)", "{1}")
     checker = common.answer_checker(os.getpid())
     checker.stdin.close()  # as when its parent is gone
@@ -481,7 +484,7 @@ def test_nothing_quoted_is_a_score_or_a_tag(question, response):
         parts += [part for k in range(len(text)) for part in (text[:k], text[k:])]
         assert all(math.isnan(parse_score(p)) for p in parts)
         assert not re.search(r"<[\W_]*response", text, re.I)
-    for form in (temporal_sr.JUDGE, temporal_sr.FORM_JUDGE):
+    for form in (temporal_sr.JUDGE, make.JUDGE):
         prompt = form.format(question=texts[0], response=texts[1])
         assert prompt.count("<response>") == prompt.count("</response>") == 1
         assert math.isnan(parse_score(prompt))

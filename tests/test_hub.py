@@ -1,7 +1,6 @@
 """The Hub as a user meets it: the one-GPU command, with a bare model name and the default data set,
 against a Hub on loopback; then the same Hub out of reach, and names that it does not have."""
 
-import json
 import os
 import re
 import subprocess
@@ -11,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import make
 import pyarrow
 import pyarrow.parquet
 import pytest
 from hub import Hub
+from test_common import jsonl
 
 import common
 
@@ -35,10 +36,12 @@ def repositories(folder):
     rows = [{"question": f"Ada has {n} figs and buys {n + 1} bags of 4. How many has she?",
              "answer": f"In bags: 4*{n + 1}=<<4*{n + 1}={4 * n + 4}>>{4 * n + 4}\n#### {5 * n + 4}"}
             for n in range(2, 12)]
-    tok = common.tiny_tokenizer([text for row in rows for text in row.values()])
+    tok = make.tokenizer([text for row in rows for text in row.values()], 320)
     tok.chat_template = "<|user|>\n{{ messages[0].content }}\n<|assistant|>\n"
     tok.save_pretrained(folder / "model")
-    common.tiny_model(tok).save_pretrained(folder / "model")
+    model = make.untrained(tok)
+    del model.config.prompts  # it learned none
+    model.save_pretrained(folder / "model")
     (folder / "gsm8k/main").mkdir(parents=True)
     (folder / "gsm8k/README.md").write_text(CARD)
     for split, part in (("train", rows[:6]), ("test", rows[6:])):
@@ -88,9 +91,9 @@ def trained(process, folder):
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "samples.jsonl",
         "summary.json"]
-    step = [json.loads(line) for line in open(folder / "metrics.jsonl")][-1]
+    step = jsonl(folder / "metrics.jsonl")[-1]
     assert step["step"] == step["groups/all_wrong"] == step["groups/golden"] == 1
-    golden = [row for row in map(json.loads, open(folder / "samples.jsonl")) if row["golden"]]
+    golden = [row for row in jsonl(folder / "samples.jsonl") if row["golden"]]
     assert len(golden) == 2
     assert all(g["response"].startswith("In bags: 4*") and "<<" not in g["response"]
                for g in golden)

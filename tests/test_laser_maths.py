@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_common import tiny_problems
 
 import common
 import laser
@@ -153,7 +154,7 @@ def test_reading_is_appending(tiny):
 def test_the_sampler_reads_the_same(tiny):
     """In the decoding loop: one more token through the KV cache; dropped rows, last slots too."""
     model, tok = tiny
-    problems = common.tiny_problems((1, 2), "train")[:12]
+    problems = tiny_problems((1, 4), 12)
     prompts = common.encode_questions(tok, [p.question for p in problems])
     for limit in (30, 17):
         samples = common.sample(model, tok, prompts, 4, limit,

@@ -1,5 +1,5 @@
-"""light_if.py end to end, in-process on a hardly trained tiny model: stages and their products,
-resumes, gradients, real data, refuses."""
+"""light_if.py end to end, in-process on the tiny model: stages and their products, resumes,
+gradients, real data, refuses."""
 
 import json
 import math
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_common import check_metrics, flat, llama_folder, spy, write  # noqa: F401 (a fixture)
+from test_common import check_metrics, flat, jsonl, llama_folder, spy, write  # noqa: F401
+from test_tiny import held_out
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -20,12 +21,7 @@ STAGES = {"zero_easy": 1, "zero_hard": 2, "sft": 4, "easy": 5, "hard": 6}  # and
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
-    """A model that knows the form of a trace, thorough in half of all cases, and meets some
-    constraints. One test draws."""
-    monkeypatch.setattr(light_if, "WARM_UP", dict(
-        seed=0, words=(55, 8, 4e-3), skills=(140, 32, 4e-3), lazy=(55, 8, 1e-3),
-        thorough=(.85, .5)))
-    monkeypatch.setattr(light_if, "TINY_HELD_OUT", 10)
+    """One test draws."""
     if request.node.name != "test_run_folder":
         monkeypatch.setattr(common.Run, "draw_curves", lambda run: None)
 
@@ -36,7 +32,7 @@ def run(out, *argv):
 
 
 def rows_of(out, name="metrics"):
-    return [json.loads(line) for line in open(out / f"{name}.jsonl")]
+    return jsonl(out / f"{name}.jsonl")
 
 
 def weights(folder):
@@ -90,7 +86,7 @@ def test_products(full):
     assert len(prompts) == 40
     assert {len(p["instruction_id_list"]) for p in prompts} == {1, 2, 3, 4, 5}
     for p in prompts:
-        assert not light_if.tiny_held_out(p["instruction_id_list"])
+        assert not held_out(p["instruction_id_list"])
         assert p["hardness"] == light_if.hardness(p["pass_rate"], p["dense"])
         assert p["pass_rate"] * 4 % 1 == 0
     assert len({p["hardness"] for p in prompts}) >= 2
@@ -100,8 +96,7 @@ def test_products(full):
         task, = light_if.to_tasks([row], "cold start")
         assert row["prompt"] in solved and light_if.fluent(row["response"])
         assert all(light_if.follow(light_if.split_thinking(row["response"])[1], task.constraints))
-        cues = [light_if.cue(*c, True) for c in task.constraints]
-        assert light_if.depth(row["response"], cues) == 1
+        assert light_if.depth(row["response"], task.cues) == 1
 
 
 def test_every_declared_metric_is_logged(full):
@@ -114,7 +109,7 @@ def test_what_each_stage_starts_from(tmp_path, monkeypatch, full):
     begun, kl = spy(monkeypatch, light_if, "begin"), spy(monkeypatch, light_if, "k3_kl")
     out = tmp_path / "r"
     rows = run(out)
-    first = str(light_if.tiny_folder())
+    first = "tiny"
     assert [(a[2], str(a[3])) for a, _ in begun] == [
         ("zero_easy", first), ("zero_hard", str(out / "zero_easy")), ("sft", first),
         ("easy", str(out / "sft")), ("hard", str(out / "easy"))]
@@ -293,7 +288,8 @@ def test_gradient_of_the_tea_loss(policy, tiny, tea):
         for rows in parts:
             backward(rows)
         grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
-    assert torch.allclose(*grads, atol=1e-6) and grads[0].abs().max() > 1e-3
+    size = grads[0].abs().max()
+    assert torch.allclose(*grads, atol=2e-6 * size) and size > 1e-3
     total = 0
     for s, a in zip(samples, A):
         logits = policy(torch.tensor([[*s.prompt, *s.tokens]])).logits[0, len(s.prompt) - 1:-1]
@@ -305,7 +301,7 @@ def test_gradient_of_the_tea_loss(policy, tiny, tea):
                  "length_scaled": 2 * len(w) * w}[tea]
         total = total + (-a * (logp - logp.detach()).exp() - alpha * H).sum() / n_tok
     truth = torch.autograd.grad(total, list(policy.parameters()))
-    assert torch.allclose(grads[0], torch.cat([g.flatten() for g in truth]), atol=1e-6)
+    assert torch.allclose(grads[0], torch.cat([g.flatten() for g in truth]), atol=2e-6 * size)
 
 
 def test_gradient_of_the_steps_of_tea_rl(tmp_path, monkeypatch, full):
@@ -544,7 +540,7 @@ def test_ifeval_rows_from_arrow_and_their_levels(data):
     (["--token_ratio", 1.5], "--token_ratio"), (["--pool", 0], "--pool"),
     (["--cold_start", 0], "--cold_start"), (["--tea_coef", -1], "--tea_coef"),
     (["--kl_coef", "nan"], "--kl_coef"), (["--sampled_tokens", 9], "--sampled_tokens"),
-    (["--dataset", "x.jsonl"], "--dataset tiny"), (["--eval_dataset", "ifeval"], "--model tiny"),
+    (["--dataset", "x.jsonl"], "--dataset x.jsonl: no such file"),
     (["--judge", "nowhere"], "--judge nowhere"), (["--sft_lr", 0], "--sft_lr"),
     (["--stage", "rl", "--products", "nowhere"], "nowhere: no config.json")])
 def test_refused_flags(argv, says, refused, tmp_path):
@@ -570,7 +566,22 @@ def test_refused_products(tmp_path, refused, full, llama_folder, data):  # noqa:
         "--model", llama_folder(), *data)
 
 
+def test_the_tiny_names_go_with_others(tmp_path, worlds, full):
+    """A checkpoint of the tiny model on --dataset tiny; --model tiny on rows of one's own."""
+    flags = ["--method", "grpo", "--eval_samples", 0]
+    run(tmp_path / "a", *flags, "--model", worlds / "constraints", "--dataset", "tiny",
+        "--eval_dataset", "tiny")
+    own = write(tmp_path / "own.jsonl", jsonl(worlds / "constraints/train.jsonl")[5:45])
+    run(tmp_path / "b", *flags, "--dataset", own)
+    asked = [[row["prompt"] for row in rows_of(tmp_path / run, "prompts")] for run in "ab"]
+    assert asked[0][5:] == asked[1][:35]
+
+
 @pytest.mark.parametrize("row, says", [
+    ({"prompt": "a", "instruction_id_list": ["startend:quotation"], "kwargs": [{}], "cues": ["("]},
+     "row 1 cannot be checked"),
+    ({"prompt": "a", "instruction_id_list": ["startend:quotation"], "kwargs": [{}],
+      "cues": ["a", "b"]}, "as many cues"),
     ({"prompt": "a"}, "instruction_id_list"),
     ({"prompt": "a", "instruction_id_list": ["x:y"], "kwargs": [{}]}, "x:y"),
     ({"prompt": "a", "instruction_id_list": ["startend:end_checker"], "kwargs": [{}]}, "row 1"),

@@ -7,16 +7,17 @@ import math
 import re
 from types import SimpleNamespace
 
+import make
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from test_common import check_metrics, flat, llama_folder, spy, write  # noqa: F401 (a fixture)
+from test_common import check_metrics, flat, jsonl, llama_folder, spy, write  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import temporal_sr
 
-SMALL = "--prompts 8 --group 3 --sft_steps 60 --batch 16 --max_new_tokens 32 --eval_size 4 " \
+SMALL = "--prompts 8 --group 3 --batch 16 --max_new_tokens 40 --eval_size 4 " \
         "--eval_samples 2 --save_every 0 --lr 1e-3".split()
 
 
@@ -30,18 +31,27 @@ def draw_score(text):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
-    """A short SFT, kept in the cache of the session. It fills no form and gives hardly any score,
-    so scores and grades are hashed from the texts. One test draws."""
-    monkeypatch.setattr(temporal_sr, "FORMS", 400)
+    """Scores and grades are hashed from the texts, so that few of them differ enough. One test
+    draws."""
     monkeypatch.setattr(temporal_sr, "parse_score", draw_score)
     monkeypatch.setattr(temporal_sr, "form_grade", lambda question, text: draw_score(f"{text}?"))
     if request.node.name != "test_run_folder":
         monkeypatch.setattr(common.Run, "draw_curves", lambda run: None)
 
 
+@pytest.fixture(scope="module")
+def tiny_folder(worlds):
+    return str(worlds / "forms/M_0")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return common.load_model(tiny_folder, temporal_sr.Config(device="cpu"))
+
+
 def run(out, *argv, steps=2):
     temporal_sr.main([*SMALL, "--steps", str(steps), "--out", str(out), *map(str, argv)])
-    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+    return jsonl(out / "metrics.jsonl")
 
 
 def weights(folder):
@@ -70,7 +80,7 @@ def test_run_folder(tmp_path, capsys):
     assert set(summary["after"]) == {*summary["before"], "score_gap", "similarity"}
     assert summary["after"]["score_gap"] == rows[2]["gap/grader"]
     assert "win_rate" in printed and "score_gap" in printed
-    samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
+    samples = jsonl(folder / "samples.jsonl")
     assert {"step", "prompt", "response", "reward", "role", "source",
             "judgement"} == set(samples[0])
     assert all(a["reward"] > b["reward"] for a, b in zip(samples[::2], samples[1::2]))
@@ -149,20 +159,19 @@ def test_the_judge_has_a_temperature_of_its_own(tmp_path, monkeypatch):
     assert [a[5] for a, _ in calls] == [.7, .7, 0, .7, 0, .7, 0]
 
 
-def test_the_cache_of_m_0_knows_what_made_it(tmp_path, monkeypatch):
-    ift, eft, *_ = temporal_sr.form_data()
-    where = SimpleNamespace(folder=tmp_path)
-
-    def folder(*argv, ift=ift, eft=eft, base=tmp_path / "base"):
-        return temporal_sr.sft_folder(temporal_sr.parse(list(argv)), where, base, ift, eft)
-
-    assert folder() == folder("--method", "sr") == folder("--lr", "1", "--prompts", "7")
-    others = [folder("--seed", "1"), folder("--sft_steps", "9"), folder("--sft_lr", "1"),
-              folder("--batch", "9"), folder("--lora"), folder(ift=ift[1:]), folder(eft=eft[1:]),
-              folder(base=tmp_path / "other"), folder("--max_new_tokens", "9")]
-    assert len({folder(), *others}) == 10
-    assert folder("--dataset", "x.jsonl") == tmp_path / "sft"
-    assert folder("--model", str(common.tiny_model_folder())) == tmp_path / "sft"
+def test_sft_starts_from_the_untrained_base(tmp_path, monkeypatch, worlds):
+    """--model tiny is M_0 itself, which SFT is left out for; with --sft_steps it is made anew."""
+    sft = spy(monkeypatch, temporal_sr, "sft_step")
+    started = spy(monkeypatch, temporal_sr, "load_model")
+    run(tmp_path / "as_it_is", steps=1)
+    assert sft == [] and not (tmp_path / "as_it_is" / "sft").exists()
+    run(tmp_path / "r", "--sft_steps", 3, "--max_new_tokens", 40, steps=1)
+    assert [a[0] for a, _ in started] == ["tiny", str(worlds / "forms/base")]
+    texts = {s.text for (_, samples, *_), _ in sft for s in samples}
+    assert len(sft) == 3 and {"Score: " in text for text in texts} == {True, False}
+    base = AutoModelForCausalLM.from_pretrained(worlds / "forms/base")
+    M_0 = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "sft")
+    assert not torch.equal(flat(M_0), flat(base))
 
 
 def test_sampled_tokens_end_the_run(tmp_path):
@@ -283,7 +292,7 @@ def test_dpo_gradient_does_not_depend_on_micro_batches(policy, tiny, n, monkeypa
             loss, list(policy.parameters()))])
         assert truth.abs().max() > 1e-3
         for grad in seen[i::len(batches)]:
-            assert torch.allclose(grad, truth, atol=1e-6)
+            assert torch.allclose(grad, truth, atol=2e-6 * truth.abs().max().item())
 
 
 def test_identical_answers_have_no_gradient(policy, tiny):
@@ -330,7 +339,7 @@ def test_chunks_of_prompts_are_disjoint_and_the_same_in_both_phases(tmp_path, mo
     assert [a[1] for a, _ in asked] == ["present", "past", "future"] * 2
     assert chunks[0] == chunks[1] == chunks[2] != chunks[3] == chunks[4] == chunks[5]
     assert len(set(chunks[0] + chunks[3])) == 16
-    run(tmp_path / "s", "--seed", 1, "--sft_steps", 1)
+    run(tmp_path / "s", "--seed", 1)
     assert [p.question for p in asked[6][0][3]] != chunks[0]
 
 
@@ -374,7 +383,7 @@ def test_killed_in_the_middle_of_an_iteration(tmp_path, argv, cut, monkeypatch, 
     monkeypatch.setattr(temporal_sr, "part", real)
     calls = spy(monkeypatch, temporal_sr.Models, "answers")
     temporal_sr.main(["--resume", str(tmp_path / "cut")])
-    assert [json.loads(line) for line in open(tmp_path / "cut" / "metrics.jsonl")] == whole
+    assert jsonl(tmp_path / "cut" / "metrics.jsonl") == whole
     done = sum(p in ("present", "past", "future") for p in (
         ["present", "past", "M_f", "future"] * 2 if "tsr" in argv else ["present"] * 2)[:cut - 1])
     assert len(calls) == (6 if "tsr" in argv else 2) - done  # what was sampled stays sampled
@@ -384,7 +393,7 @@ def test_a_finished_run_goes_on(tmp_path):
     whole = run(tmp_path / "whole", steps=3)
     run(tmp_path / "r", "--save_every", 1, steps=2)
     temporal_sr.main(["--resume", str(tmp_path / "r"), "--steps", "3"])
-    rows = [json.loads(line) for line in open(tmp_path / "r" / "metrics.jsonl")]
+    rows = jsonl(tmp_path / "r" / "metrics.jsonl")
     assert rows == whole
 
 
@@ -402,11 +411,12 @@ ATTACKS = [
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("where", [0, 1])
 @pytest.mark.parametrize("kind", ["tiny", "word", "plain"])
-def test_no_text_takes_over_the_judge(attack, where, kind, tiny, llama_folder):  # noqa: F811
+def test_no_text_takes_over_the_judge(attack, where, kind, llama_folder):  # noqa: F811
     """The prompt has as many control tokens and tags as with a harmless text, the attack stands
     inside its tags, and a judge that repeats it has given no score."""
+    model = SimpleNamespace(config=SimpleNamespace())
     if kind == "tiny":
-        tok = tiny[1]
+        model, tok = common.load_model("tiny", temporal_sr.Config(device="cpu"))
     else:
         tok = AutoTokenizer.from_pretrained(llama_folder())
         if kind == "word":
@@ -416,7 +426,7 @@ def test_no_text_takes_over_the_judge(attack, where, kind, tiny, llama_folder): 
     pair = harmless[:]
     pair[where] = attack
     special = set(tok.all_special_ids)
-    prompts = temporal_sr.judge_prompts(tok, [tuple(harmless), tuple(pair)])
+    prompts = temporal_sr.judge_prompts(model, tok, [tuple(harmless), tuple(pair)])
     control = [[i for i in ids if i in special - {tok.unk_token_id}] for ids in prompts]
     assert control[0] == control[1]
     texts = []
@@ -424,7 +434,7 @@ def test_no_text_takes_over_the_judge(attack, where, kind, tiny, llama_folder): 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "defuse",
                       lambda tok, text: texts.append(real(tok, text)) or texts[-1])
-        temporal_sr.judge_prompts(tok, [tuple(pair)])
+        temporal_sr.judge_prompts(model, tok, [tuple(pair)])
     text = next(t for t in texts if "<response>" in t)
     assert text.count("<response>") == text.count("</response>") == 1
     inside = text.split("<response>\n")[1].split("\n</response>")[0]
@@ -470,7 +480,8 @@ def test_the_judge_prompt_of_real_models(template, roles, llama_folder, monkeypa
     tok.chat_template = template
     monkeypatch.setattr(type(tok), "__call__", lambda self, texts, **k: seen.append(texts) or
                         SimpleNamespace(input_ids=[[1]] * len(texts)))
-    temporal_sr.judge_prompts(tok, [("What?", "That.")])
+    model = SimpleNamespace(config=SimpleNamespace())
+    temporal_sr.judge_prompts(model, tok, [("What?", "That.")])
     text, = seen[0]
     start = text.index("User: What?\n\n<response>\nThat.\n</response>")
     assert text.count(temporal_sr.JUDGE_SYSTEM) == 1
@@ -525,11 +536,11 @@ def test_local_data(tmp_path, argv, llama_folder, monkeypatch, capsys):  # noqa:
     model = llama_folder()
     argv = [model if x == "model" else x for x in argv]
     monkeypatch.setattr(temporal_sr, "sample", finishing)
-    monkeypatch.setattr(temporal_sr, "JUDGE", temporal_sr.FORM_JUDGE)  # fits the small context
+    monkeypatch.setattr(temporal_sr, "JUDGE", make.JUDGE)  # fits the small context
     sft = spy(monkeypatch, temporal_sr, "sft_step")
     temporal_sr.main(local(tmp_path, model, *argv))
     assert "20 of 20 judgements have a line `Score: n`" in capsys.readouterr().out
-    rows = [json.loads(line) for line in open(tmp_path / "r" / "metrics.jsonl")]
+    rows = jsonl(tmp_path / "r" / "metrics.jsonl")
     assert rows[-1]["step"] == 2 and rows[-1]["dpo/grad_norm"] > 0
     texts = {s.text for (_, samples, *_), _ in sft for s in samples}
     assert any(t.startswith("the answer is") for t in texts)
@@ -546,11 +557,11 @@ def test_local_data(tmp_path, argv, llama_folder, monkeypatch, capsys):  # noqa:
 
 def test_an_instruct_model_is_m_0_as_it_is(tmp_path, llama_folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(temporal_sr, "sample", finishing)
-    monkeypatch.setattr(temporal_sr, "JUDGE", temporal_sr.FORM_JUDGE)  # fits the small context
+    monkeypatch.setattr(temporal_sr, "JUDGE", make.JUDGE)  # fits the small context
     rows = [{"prompt": r["prompt"]} for r in ROWS]
     temporal_sr.main(local(tmp_path, llama_folder(), "--sft_steps", 0, rows=rows, eft=[]))
     assert not (tmp_path / "r" / "sft").exists()
-    assert len(open(tmp_path / "r" / "metrics.jsonl").readlines()) == 3
+    assert len(jsonl(tmp_path / "r" / "metrics.jsonl")) == 3
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -558,7 +569,7 @@ def test_the_fixed_grader_of_real_data_is_m_0(tmp_path, llama_folder, monkeypatc
                                               other):
     """It alone grades, with --judge, too, and leaves M_i where similarities are measured."""
     monkeypatch.setattr(temporal_sr, "sample", finishing)
-    monkeypatch.setattr(temporal_sr, "JUDGE", temporal_sr.FORM_JUDGE)
+    monkeypatch.setattr(temporal_sr, "JUDGE", make.JUDGE)
     graded, measured = [], []
     real, real_similarities = temporal_sr.Models.judged_by, temporal_sr.similarities
 
@@ -593,7 +604,7 @@ def test_prompts_of_more_than_512_tokens_are_left_out(tmp_path, llama_folder,  #
 
 def test_spin_chooses_the_datas_answers(tmp_path, llama_folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(temporal_sr, "sample", finishing)
-    monkeypatch.setattr(temporal_sr, "JUDGE", temporal_sr.FORM_JUDGE)
+    monkeypatch.setattr(temporal_sr, "JUDGE", make.JUDGE)
     learned = spy(monkeypatch, temporal_sr.Models, "learn")
     rows = [{**r, "response": r["response"] + " and so on" * (i % 2) * 20}
             for i, r in enumerate(ROWS * 1)]
@@ -692,7 +703,8 @@ def test_hub_data(monkeypatch):
     (["--eval_samples", 0], "--eval_samples 0"), (["--beta", 0], "--beta 0"),
     (["--sft_lr", "nan"], "--sft_lr nan"), (["--judge_temperature", -1], "--judge_temperature -1"),
     (["--sft_steps", -1], "--sft_steps -1"), (["--group", 0], "--group 0"),
-    (["--prompts", 4000], "4862 prompts"), (["--eft_dataset", "x.jsonl"], "--dataset tiny has its"),
+    (["--prompts", 4000], "it has 200 prompts"),
+    (["--eft_dataset", "x.jsonl"], "--dataset tiny has its"),
     (["--eval_dataset", "tiny"], "--dataset tiny has its"),
     (["--dataset", "d.jsonl", "--eft_dataset", "e.jsonl", "--sft_steps", 0], "--sft_steps 0 has"),
     (["--method", "dpo"], "invalid choice")])

@@ -4,6 +4,7 @@ properties."""
 import math
 import random
 
+import make
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -15,10 +16,7 @@ from temporal_sr import (
     anchored_rejection,
     best,
     dpo_loss,
-    fill,
-    form_data,
     form_grade,
-    form_judgement,
     future_guided_chosen,
     is_pair,
     learning_rate,
@@ -259,37 +257,11 @@ def test_answers_are_as_good_as_told():
     rng, kinds = random.Random(0), set()
     for right in ([True] * 5, [False] * 5, [True, False, True, False, False]):
         for _ in range(50):
-            answer = fill(rng, FORM, right)
+            answer = make.fill(rng, FORM, right)
             assert verdicts(FORM, answer) == right
             for name, line in zip(FORM.split("\n")[1:], answer.split("\n")):
                 category, word = line.split()
-                kinds.add((category == name, word in temporal_sr.FILLERS,
+                kinds.add((category == name, word in make.FILLERS,
                            word in temporal_sr.WORDS[category]))
     assert kinds == {(True, False, True), (True, True, False), (True, False, False),
                      (False, False, True)}  # right, a filler, another category's word, its line
-
-
-def test_the_judge_learns_from_imperfect_verdicts():
-    rng, answer = random.Random(0), "animal cat\ncolour um\nfruit fig\ntool saw\nmetal tin"
-    found = [form_judgement(rng, FORM, answer) for _ in range(2000)]
-    wrong = sum(line != truth for text in found for line, truth in zip(
-        text.split("\n"), ["animal animal cat ok", "colour colour um bad", "fruit fruit fig ok",
-                           "tool tool saw ok", "metal metal tin ok"]))
-    assert wrong / 10_000 == pytest.approx(temporal_sr.JUDGE_NOISE, abs=.02)
-    for text in found[:50]:
-        assert parse_score(text) == text.count(" ok")
-        assert text.split("\n")[1] in ("colour colour um ok", "colour colour um bad")
-
-
-def test_the_data_sets_are_disjoint(monkeypatch):
-    monkeypatch.setattr(temporal_sr, "FORMS", 3000)
-    ift, eft, prompts, held_out = form_data()
-    seen = {p.question for p in ift} | {q for q, *_ in eft}
-    asked, held = {p.question for p in prompts}, {p.question for p in held_out}
-    assert not seen & asked and not seen & held and not asked & held
-    assert len(asked) == len(prompts) > 3500 and len(held) > 700
-    grades = [form_grade(p.question, p.solution) for p in ift + prompts]
-    assert sum(grades) / len(grades) == pytest.approx(5 * (.2 + .5 + .85) / 3, abs=.1)
-    counts = [sum(form_grade(q, a) == g for q, a, _ in eft) for g in range(6)]
-    assert min(counts) > 3000 / 6 * .8  # the judge sees all grades alike often
-    assert form_data()[0][:5] == ift[:5]

@@ -1,0 +1,210 @@
+"""tiny/: the files are what make.py makes, the worlds are what they say, and the weights are those
+that README.md names."""
+
+import hashlib
+import json
+import random
+import re
+from pathlib import Path
+
+import make
+import pytest
+import torch
+
+import common
+import light_if
+import temporal_sr
+
+TINY = Path(make.__file__).parent  # the whole of it, which the fixtures shorten
+WORLDS = {"arithmetic": make.arithmetic_data, "forms": make.forms_data,
+          "constraints": make.constraints_data}
+
+
+def rows(name):
+    return [json.loads(line) for line in (TINY / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_data_are_what_make_makes(world, tmp_path):
+    WORLDS[world](tmp_path)
+    made = sorted(tmp_path.iterdir())
+    assert [p.name for p in made] == sorted(p.name for p in (TINY / world).glob("*.jsonl"))
+    for path in made:
+        assert path.read_bytes() == (TINY / world / path.name).read_bytes(), path.name
+
+
+def test_the_weights_are_those_of_the_readme():
+    sums = dict(re.findall(r"`(\w+(?:/\w+)?)/model.safetensors` *\| *`(\w{64})`",
+                           (TINY / "README.md").read_text()))
+    assert sums.keys() == {"arithmetic", "constraints", "forms/M_0", "forms/base"}
+    for name, known in sums.items():
+        weights = (TINY / name / "model.safetensors").read_bytes()
+        assert hashlib.sha256(weights).hexdigest() == known, name
+
+
+def test_the_folder_is_small_and_make_is_readable():
+    tracked = [p for p in TINY.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert sum(p.stat().st_size for p in tracked) < 12e6
+    assert len((TINY / "make.py").read_text().splitlines()) <= 450
+
+
+def test_make_never_writes_into_a_folder_that_is_not_empty(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(SystemExit, match="is not empty"):
+        make.main(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+# -------------------------------------------------------------------------------------- arithmetic
+
+
+def test_sums_are_right_distinct_and_held_out():
+    train, test = rows("arithmetic/train"), rows("arithmetic/test")
+    assert not {p["question"] for p in train} & {p["question"] for p in test}
+    for problems in (train, test):
+        assert len({p["question"] for p in problems}) == len(problems)
+        assert {p["level"] for p in problems} == set("12345")
+        for p in problems:
+            *steps, last = p["solution"].split("\n")
+            assert len(steps) == int(p["level"]) == p["question"].count(",")
+            total = re.search(r"has (\d+)", p["question"])[1]
+            for step in steps:
+                left, right = step.split("=")
+                assert left.startswith(total) and eval(left) == int(right) >= 0
+                total = right
+            assert last == f"#### {total}" and p["answer"] == total
+
+
+def test_half_of_the_annotators_are_terse_and_right():
+    train, test = rows("arithmetic/annotated"), rows("arithmetic/annotated_test")
+    assert not {p["question"] for p in train} & {p["question"] for p in test}
+    terse = 0
+    for p in train + test:
+        *steps, last = p["solution"].split("\n")
+        for step in steps:
+            left, right = step.split("=")
+            assert eval(left) == int(right)
+        two = [len(re.findall("[+-]", step)) == 2 for step in steps]
+        assert sum(map(len, re.findall("[+-]", p["solution"]))) == int(p["level"])
+        assert two in ([False] * int(p["level"]), [True] * (int(p["level"]) // 2)
+                       + [False] * (int(p["level"]) % 2))
+        assert last == f"#### {p['answer']}"
+        terse += any(two)
+    assert .45 < terse / 3000 < .55
+
+
+# ------------------------------------------------------------------------------------------- forms
+
+
+def test_forms_are_of_three_kinds_that_share_none():
+    parts = [{row["prompt"] for row in rows(f"forms/{name}")} for name in
+             ("ift", "prompts", "test")]
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    assert {row["prompt"] for row in rows("forms/eft")} <= parts[0]
+    for prompt in set.union(*parts):
+        assert prompt.startswith(temporal_sr.FORM)
+        names = prompt.split("\n")[1:]
+        assert len(set(names)) == temporal_sr.SLOTS and set(names) <= temporal_sr.WORDS.keys()
+
+
+def test_authors_and_judgements():
+    answers = [temporal_sr.form_grade(r["prompt"], r["response"]) for r in rows("forms/ift")]
+    assert sum(answers) / len(answers) == pytest.approx(5 * sum(make.AUTHORS) / 3, abs=.05)
+    wrong = verdicts = 0
+    for row in rows("forms/eft"):
+        *lines, last = row["judgement"].split("\n")
+        oks = [line.split()[-1] == "ok" for line in lines]
+        truth = temporal_sr.verdicts(row["prompt"], row["response"])
+        assert temporal_sr.parse_score(row["judgement"]) == sum(oks) and last.startswith("Score: ")
+        wrong += sum(a != b for a, b in zip(oks, truth))
+        verdicts += len(truth)
+    assert wrong / verdicts == pytest.approx(make.JUDGE_NOISE, abs=.01)
+
+
+# ------------------------------------------------------------------------------------- constraints
+
+
+def held_out(kinds):
+    """Is no task with this combination of kinds ever trained on?"""
+    return make.is_held_out(f"light_if {' '.join(sorted(kinds))}", 1 / 4) and len(kinds) > 1
+
+
+def test_prompts_and_their_held_out_combinations():
+    kinds = {}
+    for name in ("train", "test"):
+        tasks = light_if.to_tasks(rows(f"constraints/{name}"), name)
+        for n, task in enumerate(tasks):
+            size = len(task.constraints)
+            assert size == 1 + n % 5 and not light_if.conflict(task.constraints)
+            assert task.level == ("1_seen" if name == "test" and size == 1 else str(size))
+            for cue in task.cues:
+                assert len(re.findall(cue, task.question)) == 1
+        kinds[name] = {tuple(sorted(kind for kind, _ in t.constraints)) for t in tasks}
+    assert not any(map(held_out, kinds["train"]))
+    assert all(map(held_out, (k for k in kinds["test"] if len(k) > 1)))
+    assert {len(k) for k in kinds["train"] & kinds["test"]} == {1}
+
+
+def some_tasks(number, seed):
+    rng = random.Random(seed)
+    return rng, [make.task(rng, 1 + n % 5)[1] for n in range(number)]
+
+
+def test_revise_does_what_it_is_told():
+    rng, tasks = some_tasks(400, 0)
+    made = 0
+    for constraints in tasks:
+        met = [rng.random() < 0.6 for _ in constraints]
+        page = make.revise(rng, None, constraints, met)
+        if not page:
+            continue
+        made += 1
+        before = str(page)
+        assert light_if.follow(before, constraints) == met
+        words = [x not in make.JOINTS for x in page.items]
+        assert words[0] and words[-1], "a joint stands between two words"
+        assert all(a or b for a, b in zip(words, words[1:]))
+        after = make.revise(rng, page, constraints, [True] * len(met))
+        assert str(page) == before, "it changes a copy"
+        if after:
+            assert all(light_if.follow(str(after), constraints))
+            assert all(met) <= (str(after) == before), "with as few changes as it takes"
+    assert made > 380
+    page = make.Page(["red", ",", "[x]", "***", "cat"], True, True)
+    assert str(page) == '" RED, [x] *** CAT"'
+
+
+def test_traces():
+    rng, tasks = some_tasks(500, 2)
+    right = {True: [], False: []}
+    for constraints in tasks:
+        cues = [rf"\b{tag}\b" for tag in make.tags(constraints)]
+        for thorough in (True, False):
+            text = make.trace(rng, constraints, thorough)
+            thinking, answer = light_if.split_thinking(text)
+            assert light_if.depth(text, cues) == thorough, text
+            right[thorough].append(all(light_if.follow(answer, constraints)))
+            drafts = re.findall("draft(.*?) check", thinking)
+            assert bool(drafts) == thorough
+            if thorough:
+                assert drafts[-1].strip() == answer and len(drafts) <= 3
+                last = thinking.split(" check ")[-1].split()
+                assert last[::3] == make.tags(constraints)
+                assert [x == "ok" for x in last[2::3]] == light_if.follow(answer, constraints)
+    assert sum(right[True]) > 470 and 120 < sum(right[False]) < 240  # .65 ** 1..5: .33
+
+
+# --------------------------------------------------------------------------------- the two names
+
+
+@pytest.mark.parametrize("world", ["arithmetic", "constraints", "forms/M_0", "forms/base"])
+def test_a_model_folder_is_an_ordinary_one(world):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(TINY / world)
+    tok = AutoTokenizer.from_pretrained(TINY / world)
+    assert model.dtype == torch.float32 and len(tok) == model.config.vocab_size
+    text = "12-5=7\n#### 7 figs, two  spaces</think>"
+    assert tok.decode(tok(text).input_ids) == text
+    assert common.own_prompt(model, "instruction") == ""
+    assert (common.own_prompt(model, "judge") == make.JUDGE) == world.startswith("forms")

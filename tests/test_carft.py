@@ -546,6 +546,15 @@ def test_real_input(tmp_path, rows, llama_folder, monkeypatch):  # noqa: F811
     assert text.endswith(answer) and float(answer.replace(",", ""))
 
 
+def test_a_model_that_was_trained_with_another_prompt_keeps_it(tiny_folder, llama_folder):  # noqa: F811
+    for folder, prompt in ((tiny_folder, "<|user|>{question}<|assistant|>"),
+                           (llama_folder(), carft.PROMPT)):
+        cfg = carft.parse(["--model", folder, "--dataset", "tiny", "--max_new_tokens", "40"])
+        _, tok, (problem, *_), *_ = common.set_up(cfg, plain=carft.PROMPT)
+        expected = tok(prompt.format(question=problem.question), add_special_tokens=False)
+        assert problem.prompt == tuple(expected.input_ids)
+
+
 def test_targets():
     p = common.Problem("q", "72", "48/2 = 24\n24+48 = 72\n#### 72")
     assert carft.annotated_cot(p, False) == "48/2 = 24\n24+48 = 72\nTherefore, the answer is: 72"

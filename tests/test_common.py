@@ -450,6 +450,27 @@ def test_bare_names(name, hub_id):
     assert common.resolve_model(name, CPU) == hub_id
 
 
+def test_a_small_policy_takes_one_thread(tiny_folder, llama_folder):
+    try:
+        for path, flag, threads in ((tiny_folder, "--judge", 2), (tiny_folder, "--model", 1)):
+            torch.set_num_threads(2)
+            common.load_model(path, CPU, flag=flag)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_model_may_say_what_it_was_trained_with(tiny):
+    model = copy.deepcopy(tiny[0])
+    assert common.own_prompt(model, "instruction") == ""
+    assert common.own_prompt(model, "judge") is None
+    for prompts in (None, "x", {"instruction": 1}, {}):
+        model.config.prompts = prompts
+        assert common.own_prompt(model, "instruction") is None
+    del model.config.prompts
+    assert common.own_prompt(model, "instruction") is None
+
+
 def test_lora_reference_is_the_untrained_model(llama_folder):
     model, tok = common.load_model(llama_folder(), CPU, lora=True)
     names = [n for n, _ in common.trained(model)]

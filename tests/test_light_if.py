@@ -83,7 +83,9 @@ def test_run_folder(tmp_path, capsys):
 
 def test_products(full):
     prompts, cold = rows_of(full, "prompts"), rows_of(full, "cold_start")
-    assert len(prompts) == 40
+    first = jsonl(common.TINY / "constraints/train.jsonl")[:40]
+    assert [p["prompt"] for p in prompts] == [row["prompt"] for row in first], "as they are"
+    assert [(p["cues"], p["level"]) for p in prompts] == [(r["cues"], r["level"]) for r in first]
     assert {len(p["instruction_id_list"]) for p in prompts} == {1, 2, 3, 4, 5}
     for p in prompts:
         assert not held_out(p["instruction_id_list"])

@@ -159,6 +159,13 @@ def test_the_judge_has_a_temperature_of_its_own(tmp_path, monkeypatch):
     assert [a[5] for a, _ in calls] == [.7, .7, 0, .7, 0, .7, 0]
 
 
+def test_forms_have_an_exact_grader(tmp_path, monkeypatch):
+    graded = spy(monkeypatch, temporal_sr, "form_grade")
+    asked = spy(monkeypatch, temporal_sr.Models, "judged_by")
+    run(tmp_path / "r", "--method", "spin", steps=1)
+    assert graded and not any("grader" in a for a, _ in asked)
+
+
 def test_sft_starts_from_the_untrained_base(tmp_path, monkeypatch, worlds):
     """--model tiny is M_0 itself, which SFT is left out for; with --sft_steps it is made anew."""
     sft = spy(monkeypatch, temporal_sr, "sft_step")
@@ -436,6 +443,7 @@ def test_no_text_takes_over_the_judge(attack, where, kind, llama_folder):  # noq
                       lambda tok, text: texts.append(real(tok, text)) or texts[-1])
         temporal_sr.judge_prompts(model, tok, [tuple(pair)])
     text = next(t for t in texts if "<response>" in t)
+    assert (temporal_sr.JUDGE_SYSTEM in "".join(texts)) == (kind != "tiny")
     assert text.count("<response>") == text.count("</response>") == 1
     inside = text.split("<response>\n")[1].split("\n</response>")[0]
     assert (inside == "a fig .") == (where == 0)

@@ -11,7 +11,9 @@ import make
 import pytest
 import torch
 
+import carft
 import common
+import gcpo
 import light_if
 import temporal_sr
 
@@ -195,6 +197,20 @@ def test_traces():
 
 
 # --------------------------------------------------------------------------------- the two names
+
+
+def test_all_rows_are_used_in_their_order(monkeypatch):
+    """Single constraints stand in both files of their world; no row is left out for that."""
+    monkeypatch.setattr(common, "TINY", TINY)
+    tasks, held_out = light_if.load_data(light_if.parse([]))
+    assert [t.question for t in tasks] == [r["prompt"] for r in rows("constraints/train")]
+    assert len(held_out) == 300
+    _, _, prompts, held_out = temporal_sr.load_data(temporal_sr.parse([]))
+    assert (len(prompts), len(held_out)) == (4862, 886)
+    for script, part in ((gcpo, "train"), (carft, "annotated")):
+        problems, _ = common.load_problems(script.parse([]))
+        assert [vars(p) | {"prompt": ()} for p in problems] == [
+            {**row, "prompt": ()} for row in rows(f"arithmetic/{part}")]
 
 
 @pytest.mark.parametrize("world", ["arithmetic", "constraints", "forms/M_0", "forms/base"])

@@ -101,7 +101,6 @@ from common import (
     hidden_states,
     keep_sft,
     micro_batches,
-    own_prompt,
     parse_config,
     problem_stream,
     reference_policy,
@@ -115,6 +114,7 @@ from common import (
     set_up,
     sft_step,
     stage,
+    trained_prompt,
     update,
 )
 
@@ -123,8 +123,8 @@ from common import (
 
 @dataclass
 class Config(common.Config):
-    tiny = dict(model="arithmetic", train="arithmetic/annotated.jsonl",
-                test="arithmetic/annotated_test.jsonl")  # solutions terse or not (D11)
+    tiny_files = dict(model="arithmetic", train="arithmetic/annotated.jsonl",
+                      test="arithmetic/annotated_test.jsonl")  # solutions terse or not (D11)
 
     method: Literal["carft", "reft", "sft", "drgrpo"] = arg("carft", "the paper's, or a baseline")
     # stage 1
@@ -262,21 +262,21 @@ def rewards(right, number, partial):
     return torch.where(right, 1.0, torch.where(number, partial, 0.0))
 
 
-def annotated_cot(problem, own_form):
-    """The annotated CoT in the form that SFT teaches, "" if the problem has none. `own_form`: as
-    the data have it, for a model that was trained so (D10)."""
+def annotated_cot(problem, keep_form):
+    """The annotated CoT in the form that SFT teaches, "" if the problem has none. `keep_form`: with
+    its closing "#### n", for a model that was trained so (D10)."""
     cot = problem.solution
-    if own_form:
+    if keep_form and extract_answer(cot):
         return cot
     cot = re.sub(r"\s*####[^\n]*\s*$", "", cot)
-    return cot and cot + TRIGGER + problem.answer
+    return cot and cot + ("\n#### " if keep_form else TRIGGER) + problem.answer
 
 
 def annotate(problems, policy, tok, cfg):
     """-> [(problem, its annotated CoT as a Sample)] of those that have one that a response may be
     as long as; each question once."""
-    own_form = own_prompt(policy, "instruction") is not None
-    texts = {p.question: (p, annotated_cot(p, own_form)) for p in problems}
+    keep_form = trained_prompt(policy, "instruction") is not None
+    texts = {p.question: (p, annotated_cot(p, keep_form)) for p in problems}
     have = [(p, text) for p, text in texts.values() if text]
     found = as_samples(tok, [p.prompt for p, _ in have], [text for _, text in have])
     return [(p, s) for (p, _), s in zip(have, found) if len(s.tokens) <= cfg.max_new_tokens]

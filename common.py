@@ -66,8 +66,10 @@ def arg(default, help, **kw):
 class Config:
     """The flags that mean the same in every script. Each script adds its paper's own."""
 
-    # What the names `--model tiny` and `--dataset tiny` stand for, in the folder tiny/; no flag.
-    tiny = dict(model="arithmetic", train="arithmetic/train.jsonl", test="arithmetic/test.jsonl")
+    # What the names `--model tiny` and `--dataset tiny` stand for in the folder tiny/. Without a
+    # type annotation this is no flag.
+    tiny_files = dict(model="arithmetic", train="arithmetic/train.jsonl",
+                      test="arithmetic/test.jsonl")
 
     model: str = arg("tiny", "tiny, a folder, a Hub id, or a bare name such as Qwen2.5-1.5B")
     dataset: str = arg("gsm8k", "built-in name ({data}), Hub id, or .jsonl/.json/.parquet file")
@@ -222,7 +224,8 @@ def seed_everything(cfg):
 
 # --------------------------------------------------------------------------------------- models
 
-TINY = Path(__file__).parent / "tiny"
+TINY_FOLDER = Path(__file__).parent / "tiny"
+TINY_HINT = "the folder tiny/ comes with these scripts: copy it anew"
 ONE_THREAD = 10**6  # parameters up to which a second CPU thread mostly waits [ours]
 ORGANISATIONS = {"Qwen": "Qwen", "Llama-3": "meta-llama", "Mistral": "mistralai",
                  "CodeLlama": "codellama", "DeepSeek-R1-Distill": "deepseek-ai",
@@ -231,9 +234,15 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama-3": "meta-llama", "Mistral": "mistralai"
 
 def tiny_path(cfg, part, flag):
     """What the name `tiny` stands for: the model folder, or one of the data files, of tiny/."""
-    path = TINY / cfg.tiny[part]
-    if not path.exists():
-        fail(f"{flag} tiny: {path} is missing; it comes with these scripts: copy tiny/ anew")
+    path = TINY_FOLDER / cfg.tiny_files[part]
+    needed = [path]
+    if not path.suffix:  # a model that lacks one of these may load and answer nonsense
+        needed += [path / name for name in ("config.json", "generation_config.json",
+                                            "model.safetensors", "tokenizer.json",
+                                            "tokenizer_config.json", "chat_template.jinja")]
+    for file in needed:
+        if not file.exists():
+            fail(f"{flag} tiny: {file} is missing; {TINY_HINT}")
     return path
 
 
@@ -295,8 +304,8 @@ def load_model(name, cfg, lora=False, flag="--model"):
     """
     path = resolve_model(name, cfg, flag)
     what = f"{flag} {name}"
-    if name == "tiny":
-        what += f" ({path}; if it is damaged, copy it anew)"
+    if TINY_FOLDER in Path(path).parents:
+        what += f" ({path}; if it is damaged: {TINY_HINT})"
     if not Path(path).is_dir():
         find_hub()
     dtype = torch.float32 if cfg.device == "cpu" else torch.bfloat16
@@ -307,7 +316,7 @@ def load_model(name, cfg, lora=False, flag="--model"):
     except Exception as e:  # many libraries' errors, all bad input here
         hub_failure(what, e)
     if tok.eos_token_id is None:
-        fail(f"{flag} {name}: its tokenizer has no EOS token, so no response could ever end")
+        fail(f"{what}: its tokenizer has no EOS token, so no response could ever end")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token  # masks are built from positions, so this is harmless
     model.generation_config.suppress_tokens = None  # a script's choice, not the checkpoint's
@@ -321,7 +330,7 @@ def load_model(name, cfg, lora=False, flag="--model"):
             module.attention_dropout = 0.0
     probe = torch.tensor([tok("1 + 1 = 2").input_ids], device=cfg.device)
     if probe.numel() == 0:
-        fail(f"{flag} {name}: no tokenizer in it")
+        fail(f"{what}: no tokenizer in it")
     with torch.no_grad():
         direct = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
         if not torch.allclose(direct, model(probe).logits, rtol=1e-2, atol=1e-2):
@@ -347,10 +356,11 @@ def causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def own_prompt(model, name):
+def trained_prompt(model, name):
     """A prompt that the model was trained with: what its config.json has under "prompts" and
-    `name`; None where it has nothing there. `instruction` is what follows every question.
-    [ours: a small model knows the words of its training only]"""
+    `name`; None where it has nothing there. `instruction` is what follows a question whose answer
+    is verified, `judge` asks temporal_sr.py's judge. [ours: a small model knows the words of its
+    training only]"""
     prompts = getattr(causal_lm(model).config, "prompts", None)
     prompt = prompts.get(name) if isinstance(prompts, dict) else None
     return prompt if isinstance(prompt, str) else None
@@ -564,9 +574,11 @@ def read_rows(name, split, flag, built_in=("tiny", *HUB_DATA)):
 
 
 def tiny_rows(cfg, part, flag):
-    """The rows of one of the files that the name `tiny` stands for."""
+    """The rows of one of the files that the name `tiny` stands for, and what to call the file in
+    an error."""
     path = tiny_path(cfg, part, flag)
-    return read_json(path, f"{flag} tiny ({path}; if it is damaged, copy it anew)")
+    what = f"{flag} tiny ({path}; if it is damaged: {TINY_HINT})"
+    return read_json(path, what), what
 
 
 def read_json(path, what):
@@ -575,6 +587,8 @@ def read_json(path, what):
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         fail(f"{what}: not UTF-8 text")
+    except OSError as e:
+        fail(f"{what}: cannot be read ({e.strerror})")
     whole = text.lstrip().startswith("[")
     rows = []
     for number, line in enumerate([text] if whole else text.split("\n"), 1):
@@ -646,7 +660,9 @@ def as_text(value):
 def load_problems(cfg):
     """-> (training problems, held-out problems); the two share no question."""
     def load(name, split, flag):
-        rows = tiny_rows(cfg, split, flag) if name == "tiny" else read_rows(name, split, flag)
+        if name == "tiny":
+            return to_problems(*tiny_rows(cfg, split, flag))
+        rows = read_rows(name, split, flag)
         return rows and to_problems(rows, f"{flag} {name}")
 
     train = load(cfg.dataset, "train", "--dataset")
@@ -672,7 +688,7 @@ def load_problems(cfg):
 def instruction_for(problems, name, model):
     """What follows each question: what the model was trained with, else the form of the final
     answer, as the solutions have it."""
-    own = own_prompt(model, "instruction")
+    own = trained_prompt(model, "instruction")
     if own is not None:
         return own
     boxed = any("\\boxed" in p.solution for p in problems)
@@ -708,7 +724,7 @@ def set_up(cfg, path=None, plain=None):
     train, held_out = load_problems(cfg)
     policy, tok = load_model(str(path or cfg.model), cfg, cfg.lora)
     instruction = instruction_for(train, cfg.dataset, policy)
-    plain = plain if own_prompt(policy, "instruction") is None else None
+    plain = plain if trained_prompt(policy, "instruction") is None else None
     train, held_out = (
         encode_prompts(problems, policy, tok, instruction, cfg.max_new_tokens, what, plain)
         for problems, what in ((train, "training"), (held_out, "evaluation")))

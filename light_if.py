@@ -113,7 +113,6 @@ from common import (
     kept_rows,
     load_model,
     micro_batches,
-    own_prompt,
     parse_config,
     problem_stream,
     read_rows,
@@ -127,6 +126,7 @@ from common import (
     saved_config,
     seed_everything,
     tiny_rows,
+    trained_prompt,
     update,
     writing,
 )
@@ -136,15 +136,17 @@ from common import (
 
 @dataclass
 class Config(common.Config):
-    tiny = dict(model="constraints", train="constraints/train.jsonl",
-                test="constraints/test.jsonl")
+    tiny_files = dict(model="constraints", train="constraints/train.jsonl",
+                      test="constraints/test.jsonl")
 
     method: Literal["light_if", "grpo", "sft_grpo"] = arg("light_if", "the paper's, or a baseline")
     dataset: str = arg("dolly", "seed instructions: tiny; dolly = databricks/databricks-dolly-15k; "
                                 "a Hub id or .jsonl/.json/.parquet file with a column instruction, "
-                                "prompt or question; rows in IFEval's layout are taken as they are")
-    eval_dataset: str = arg("ifeval", "held-out prompts: tiny; ifeval = google/IFEval, or data in "
-                                      "its layout: prompt, instruction_id_list, kwargs")
+                                "prompt or question; rows in IFEval's layout are taken as they "
+                                "are, the first --pool of them")
+    eval_dataset: str = arg("", "held-out prompts: tiny; ifeval = google/IFEval, or data in its "
+                                "layout: prompt, instruction_id_list, kwargs; default: tiny with "
+                                "the tiny model or --dataset tiny, else ifeval")
     stage: str = arg("", "run only this stage (prompts, zero_rl, cold_start, sft, rl), or with "
                          "a + from it on (sft+), on the products of --products; default: all")
     products: str = arg("", "a run folder: what its earlier stages left there is used")
@@ -246,6 +248,7 @@ CURVES = {
 
 def parse(argv):
     cfg = parse_config(Config, "light_if", __doc__, TINY, METHODS, argv)
+    cfg.eval_dataset = cfg.eval_dataset or ("tiny" if cfg.dataset == "tiny" else "ifeval")
     if cfg.tea_coef is None:
         cfg.tea_coef = 10.0 if cfg.tea == "released" else TEA_SCALE
     first = cfg.stage.removesuffix("+")
@@ -590,7 +593,8 @@ def to_tasks(rows, what):
         except (TypeError, ValueError, AttributeError, re.error) as e:
             fail(f"{what}: row {number} cannot be checked: {e}")
         known = {k: row[k] for k in ("hardness", "pass_rate", "dense") if k in row}
-        level = str(row.get("level") or len(kinds))
+        level = row.get("level")  # of tiny/; of other data the level means something else
+        level = level if re.fullmatch(r"\d(_seen)?", str(level)) else str(len(kinds))
         tasks.append(Task(prompt, "", level=level, constraints=constraints, cues=cues, **known))
     return tasks
 
@@ -671,7 +675,7 @@ def combine(rng, size, draw, kinds):
 
 
 def synthesise(seeds, number, rng):
-    """Stage A for real models: seed instructions with 1 to 5 constraints each -> Tasks"""
+    """Stage A without ready prompts: seed instructions with 1 to 5 constraints each -> Tasks"""
     tasks = []
     for n in range(number):
         seed = seeds[n % len(seeds)]
@@ -954,16 +958,19 @@ def load_data(cfg):
     names = {"dolly": "databricks/databricks-dolly-15k", "ifeval": "google/IFEval"}
 
     def load(name, split, flag, built_in):
-        """The rows of a file, a Hub id or a built-in name."""
+        """-> rows of a file, a Hub id or a built-in name, and what to call them in an error"""
         if name == "tiny":
             return tiny_rows(cfg, split, flag)
-        return read_rows(names.get(name, name), split, flag, ("tiny", built_in))
+        rows = read_rows(names.get(name, name), split, flag, ("tiny", built_in))
+        return rows, f"{flag} {name}"
 
-    held_out = to_tasks(load(cfg.eval_dataset, "test", "--eval_dataset", "ifeval"),
-                        f"--eval_dataset {cfg.eval_dataset}")
-    rows = load(cfg.dataset, "train", "--dataset", "dolly")
-    what = f"--dataset {cfg.dataset}"
+    held_out = to_tasks(*load(cfg.eval_dataset, "test", "--eval_dataset", "ifeval"))
     asked = {t.question for t in held_out if not t.level.endswith("_seen")}
+    held_out = held_out[:cfg.eval_size or None]
+    if all(t.level.endswith("_seen") for t in held_out):
+        fail(f"--eval_dataset {cfg.eval_dataset}: of its first {len(held_out)} prompts none counts "
+             "in the accuracy; give a larger --eval_size")
+    rows, what = load(cfg.dataset, "train", "--dataset", "dolly")
     if "instruction_id_list" in rows[0]:
         seeds = [t for t in to_tasks(rows, what) if t.question not in asked]
     else:
@@ -979,7 +986,7 @@ def load_data(cfg):
         random.Random(0).shuffle(seeds)  # not cfg.seed: every seed has the same prompts
     if not seeds:
         fail(f"{what}: no instruction in it that is not held out")
-    return seeds, held_out[:cfg.eval_size or None]
+    return seeds, held_out
 
 
 def halves(steps):
@@ -991,7 +998,7 @@ def render(policy, tok, tasks, what, cfg):
     """Prompts as ids, through the chat template; a model whose template knows no thinking, and
     which was not trained with an instruction of its own, is asked to think (D2). -> the Tasks that
     fit the context"""
-    instruction = own_prompt(policy, "instruction")
+    instruction = trained_prompt(policy, "instruction")
     if instruction is None:
         instruction = "" if "think" in (tok.chat_template or "") else THINK
     return encode_prompts(tasks, policy, tok, instruction, cfg.max_new_tokens, what)

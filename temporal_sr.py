@@ -71,6 +71,8 @@ RUN     python temporal_sr.py                              # tiny model, CPU, of
         python temporal_sr.py --model Qwen2.5-7B-Instruct --sft_steps 0 --lora
 """
 
+import functools
+import json
 import math
 import random
 import re
@@ -86,6 +88,7 @@ from tqdm import tqdm
 
 import common
 from common import (
+    TINY_HINT,
     MasterAdamW,
     Problem,
     Run,
@@ -103,7 +106,6 @@ from common import (
     keep_sft,
     load_model,
     micro_batches,
-    own_prompt,
     parse_config,
     problem_stream,
     read_rows,
@@ -116,6 +118,7 @@ from common import (
     tiny_path,
     tiny_rows,
     trained,
+    trained_prompt,
     update,
 )
 
@@ -124,8 +127,9 @@ from common import (
 
 @dataclass
 class Config(common.Config):
-    tiny = dict(model="forms/M_0", base="forms/base", ift="forms/ift.jsonl", eft="forms/eft.jsonl",
-                train="forms/prompts.jsonl", test="forms/test.jsonl")
+    tiny_files = dict(model="forms/M_0", base="forms/base", words="forms/words.json",
+                      ift="forms/ift.jsonl", eft="forms/eft.jsonl",
+                      train="forms/prompts.jsonl", test="forms/test.jsonl")  # train: the prompts
 
     method: Literal["tsr", "sr", "past_only", "future_only", "spin", "rs_sft"] = arg(
         "tsr", "the paper's, or a baseline")
@@ -256,22 +260,29 @@ def parse(argv):
 
 # The form task of --dataset tiny: five categories, a word each; the grade counts the right lines.
 FORM = "Fill the form:\n"
-WORDS = {name: words.split() for name, words in {
-    "animal": "cat dog cow pig hen fox owl bat bee ant elk emu",
-    "colour": "red blue pink grey teal tan navy lime cyan rose ruby jade",
-    "fruit": "fig pear kiwi plum date pea nut haw lemon melon grape apple",
-    "tool": "saw axe hoe awl drill file rake vice pick nail bolt plane",
-    "metal": "tin iron zinc lead gold steel brass nickel silver chrome copper bronze",
-    "drink": "tea milk cola wine beer rum gin ale juice cocoa cider soda",
-    "city": "rome oslo bonn lima bern cairo delhi paris tokyo seoul kyiv riga",
-    "sport": "golf judo polo ski chess rugby darts swim row box surf bowls"}.items()}
 SLOTS = 5
+
+
+@functools.cache
+def form_words():
+    """-> {category: its words}"""
+    path = tiny_path(Config, "words", "--dataset")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        fail(f"--dataset tiny: {path} cannot be read ({e}); {TINY_HINT}")
+
+
+def is_form(question):
+    """Is this a form that has an exact grade?"""
+    names = question.removeprefix(FORM).split("\n")
+    return question.startswith(FORM) and len(names) == SLOTS and {*names} <= form_words().keys()
 
 
 def verdicts(question, answer):
     """Of each line of the form: is the answer's line the category and a word of it?"""
     lines = answer.split("\n") + [""] * SLOTS
-    return [line in [f"{name} {word}" for word in WORDS[name]]
+    return [line in [f"{name} {word}" for word in form_words()[name]]
             for name, line in zip(question.split("\n")[1:], lines)]
 
 
@@ -352,11 +363,11 @@ def hub_data():
 
 
 def tiny_data(cfg):
-    """`load_data` of --dataset tiny, whose files are split as they should be: the forms of IFT and
-    EFT, the prompts and the held-out prompts are different ones."""
+    """`load_data` of --dataset tiny. Its files are split already: the forms of IFT and EFT, the
+    prompts and the held-out prompts are different ones."""
     def rows(part, *names):
         """These columns of one of the files."""
-        return columns(tiny_rows(cfg, part, "--dataset"), "--dataset tiny", names)
+        return columns(*tiny_rows(cfg, part, "--dataset"), names)
 
     pair = "prompt", "response"
     ift, eft = (rows("ift", *pair), rows("eft", *COLUMNS)) if cfg.sft_steps else ([], [])
@@ -446,9 +457,11 @@ def judge_prompts(model, tok, pairs):
     (the tiny one's are short), else the paper's."""
     if not pairs:
         return []
-    own = own_prompt(model, "judge")
-    texts = [(own or JUDGE).format(question=quoted(q), response=quoted(r)) for q, r in pairs]
-    return encode_questions(tok, texts, "" if own else JUDGE_SYSTEM)
+    trained_with = trained_prompt(model, "judge")
+    texts = [re.sub(r"\{(question|response)\}", lambda m, pair=pair: quoted(pair[m[1]]),
+                    trained_with or JUDGE)
+             for pair in (dict(zip(("question", "response"), pair)) for pair in pairs)]
+    return encode_questions(tok, texts, "" if trained_with else JUDGE_SYSTEM)
 
 
 def parse_score(text):
@@ -571,14 +584,13 @@ class Grader:
         """Samples M_0's answers, with which all others are compared."""
         self.models, self.M_0, self.held_out, self.cfg = models, M_0, held_out, cfg
         self.last = {}  # what the last iteration's pairs were like
-        self.exact = all(p.question.startswith(FORM) for p in held_out)
         self.base = self.answers(M_0, "M_0")
         self.base_grades = self(self.base, "M_0")
         models.load(M_0)
 
     def __call__(self, pairs, *names):
         """[(question, response)] -> grades, a tensor; nan where a judge gives none"""
-        if self.exact:
+        if all(is_form(question) for question, _ in pairs):
             return torch.tensor([form_grade(*pair) for pair in pairs])
         said = self.models.judged_by(self.M_0, pairs, *names, "grader")
         return torch.tensor([score for score, *_ in said])

@@ -35,12 +35,12 @@ ROOT = Path(__file__).parent.parent
 
 def poor_judge(script):
     """A judge that learned from more wrong verdicts."""
-    script.common.TINY = world("poor judge")
+    script.common.TINY_FOLDER = world("poor judge")
 
 
 def blind_judge(script):
     """A judge that learned to let one of the four fillers pass: a bias, where the noise is none."""
-    script.common.TINY = world("blind judge")
+    script.common.TINY_FOLDER = world("blind judge")
 
 
 def sgd(script):
@@ -57,7 +57,7 @@ def sgd(script):
 def rubber_stamp(script):
     """A tiny model whose checks inform of nothing: they say ok, whatever they observe. Its lazy
     start is another than the other rows'."""
-    script.common.TINY = world("rubber stamp")
+    script.common.TINY_FOLDER = world("rubber stamp")
 
 
 def hard_only(script):
@@ -89,9 +89,10 @@ def calibrated(script):
 
 
 def better_start(script):
-    """In the place of the warmed-up model what gcpo.py, seed 0, made of it: it solves half of the
+    """In the place of the tiny model what gcpo.py, seed 0, made of it: it solves half of the
     hard problems."""
-    script.Config.tiny = script.Config.tiny | {"model": folder_of("gcpo", "gcpo", 0) / "model"}
+    model = folder_of("gcpo", "gcpo", 0) / "model"
+    script.Config.tiny_files = script.Config.tiny_files | {"model": model}
 
 
 # What these rows change in tiny/make.py.

@@ -44,7 +44,7 @@ def random_model(size, device):
     with torch.device(device):
         model = qwen2(shape, VOCAB, tied)
     torch.set_default_dtype(torch.float32)
-    tok = AutoTokenizer.from_pretrained(common.TINY / "arithmetic")
+    tok = AutoTokenizer.from_pretrained(common.TINY_FOLDER / "arithmetic")
     model.generation_config.eos_token_id = tok.eos_token_id
     return model, tok
 

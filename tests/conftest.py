@@ -18,7 +18,8 @@ import common  # noqa: E402
 torch.set_num_threads(1)
 
 
-ROWS = {"train": 300, "annotated": 300, "ift": 200, "eft": 200, "prompts": 200}  # else 20
+ROWS = {"train": 300, "annotated": 300, "ift": 200, "eft": 200, "prompts": 200}
+OTHER_ROWS = 20
 
 
 def pytest_configure(config):
@@ -33,11 +34,11 @@ def pytest_configure(config):
 def worlds(tmp_path_factory):
     """tiny/ with the first rows of its files only, so that runs start within a second."""
     folder = tmp_path_factory.mktemp("worlds") / "tiny"
-    shutil.copytree(common.TINY, folder)
+    shutil.copytree(common.TINY_FOLDER, folder)
     for path in folder.rglob("*.jsonl"):
         rows = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(rows[:ROWS.get(path.stem, 20)]))
-    common.TINY = folder
+        path.write_text("".join(rows[:ROWS.get(path.stem, OTHER_ROWS)]))
+    common.TINY_FOLDER = folder
     return folder
 
 

@@ -559,7 +559,10 @@ def test_targets():
     p = common.Problem("q", "72", "48/2 = 24\n24+48 = 72\n#### 72")
     assert carft.annotated_cot(p, False) == "48/2 = 24\n24+48 = 72\nTherefore, the answer is: 72"
     assert carft.annotated_cot(p, True) == p.solution
+    bare = common.Problem("q", "7", "12-5=7")
+    assert carft.annotated_cot(bare, True) == "12-5=7\n#### 7", "the answer is always taught"
     assert carft.annotated_cot(common.Problem("q", "72"), False) == ""
+    assert carft.annotated_cot(common.Problem("q", "72"), True) == ""
     p = common.Problem("q", "203.0", "29 * 7 = 203\n\nTherefore, the answer is <203>.")
     text = carft.annotated_cot(p, False)
     assert text.endswith("is <203>.\nTherefore, the answer is: 203.0")

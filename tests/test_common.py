@@ -462,13 +462,13 @@ def test_a_small_policy_takes_one_thread(tiny_folder, llama_folder):
 
 def test_a_model_may_say_what_it_was_trained_with(tiny):
     model = copy.deepcopy(tiny[0])
-    assert common.own_prompt(model, "instruction") == ""
-    assert common.own_prompt(model, "judge") is None
+    assert common.trained_prompt(model, "instruction") == ""
+    assert common.trained_prompt(model, "judge") is None
     for prompts in (None, "x", {"instruction": 1}, {}):
         model.config.prompts = prompts
-        assert common.own_prompt(model, "instruction") is None
+        assert common.trained_prompt(model, "instruction") is None
     del model.config.prompts
-    assert common.own_prompt(model, "instruction") is None
+    assert common.trained_prompt(model, "instruction") is None
 
 
 def test_lora_reference_is_the_untrained_model(llama_folder):

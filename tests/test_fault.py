@@ -453,30 +453,49 @@ def test_a_checkpoint_of_another_model(four, refused):
     assert "is not a checkpoint of this run" in refused(gcpo.main, "--resume", four, "--steps", 6)
 
 
-@pytest.mark.parametrize("script, name, says", [
-    (gcpo, "arithmetic/model.safetensors", "copy it anew"),
-    (gcpo, "arithmetic/train.jsonl", "line 3 is not valid JSON"),
-    (light_if, "constraints/test.jsonl", "line 3 is not valid JSON"),
-    (temporal_sr, "forms/prompts.jsonl", "line 3 is not valid JSON")])
-@pytest.mark.parametrize("missing", [False, True])
+TINY_DAMAGE = [
+    (gcpo, "arithmetic", None, "arithmetic is missing"),
+    (gcpo, "arithmetic/chat_template.jinja", None, "chat_template.jinja is missing"),
+    (gcpo, "arithmetic/tokenizer.json", None, "tokenizer.json is missing"),
+    (gcpo, "arithmetic/model.safetensors", 1000, "--model tiny"),
+    (gcpo, "arithmetic/train.jsonl", None, "train.jsonl is missing"),
+    (gcpo, "arithmetic/train.jsonl", 1000, "is not valid JSON"),
+    (gcpo, "arithmetic/train.jsonl", 0, "cannot be read (Is a directory)"),
+    (light_if, "constraints/test.jsonl", None, "test.jsonl is missing"),
+    (light_if, "constraints/test.jsonl", 1000, "is not valid JSON"),
+    (temporal_sr, "forms/base/model.safetensors", 1000, "--model"),
+    (temporal_sr, "forms/prompts.jsonl", 1000, "is not valid JSON"),
+    (temporal_sr, "forms/eft.jsonl", {"prompt": "q", "response": "a"}, "no judgement column"),
+    (temporal_sr, "forms/words.json", 100, "words.json cannot be read")]
+
+
+@pytest.mark.parametrize("script, name, left, says", TINY_DAMAGE)
 def test_a_missing_or_damaged_tiny_says_so(tmp_path, worlds, refused, monkeypatch, script, name,
-                                           says, missing):
+                                           left, says):
+    """`left`: None of it, so many bytes, a folder in its place (0), or this row only"""
     folder = tmp_path / "tiny"
+    path = folder / name
     common.shutil.copytree(worlds, folder)
-    monkeypatch.setattr(common, "TINY", folder)
-    if missing:
-        name = name.removesuffix("/model.safetensors")
-        remove = common.shutil.rmtree if (folder / name).is_dir() else common.Path.unlink
-        remove(folder / name)
-        says = f"{name} is missing; it comes with these scripts"
-    elif name.endswith("jsonl"):
-        lines = (folder / name).read_text().splitlines()
-        (folder / name).write_text("\n".join([*lines[:2], lines[2][:9], *lines[3:]]))
+    monkeypatch.setattr(common, "TINY_FOLDER", folder)
+    temporal_sr.form_words.cache_clear()
+    if path.is_dir():
+        common.shutil.rmtree(path)
+    elif isinstance(left, dict):
+        path.write_text(json.dumps(left))
     else:
-        (folder / name).write_bytes((folder / name).read_bytes()[:1000])
-    error = refused(script.main, "--out", tmp_path / "r")
-    assert says in error and str(folder) in error and "copy" in error
-    assert not (tmp_path / "r" / "config.json").exists()
+        content = path.read_bytes()
+        path.unlink()
+        if left:
+            path.write_bytes(content[:left])
+        elif left == 0:
+            path.mkdir()
+    flags = ["--sft_steps", 2] if script is temporal_sr else []
+    if "words" in name:
+        flags = ["--prompts", 2]
+    error = refused(script.main, "--out", tmp_path / "r", "--eval_size", 4, *flags)
+    temporal_sr.form_words.cache_clear()
+    assert says in error and str(folder) in error and "copy it anew" in error
+
 
 
 

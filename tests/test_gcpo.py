@@ -398,6 +398,7 @@ def test_killed_at_a_random_moment_and_resumed(tmp_path, tiny_folder):
     time.sleep(random.random() * .1)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    process.stderr.close()
     gcpo.main(["--resume", str(tmp_path / "r")])
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "r" / name).read_text() == (tmp_path / "whole" / name).read_text(), at

@@ -83,7 +83,7 @@ def test_run_folder(tmp_path, capsys):
 
 def test_products(full):
     prompts, cold = rows_of(full, "prompts"), rows_of(full, "cold_start")
-    first = jsonl(common.TINY / "constraints/train.jsonl")[:40]
+    first = jsonl(common.TINY_FOLDER / "constraints/train.jsonl")[:40]
     assert [p["prompt"] for p in prompts] == [row["prompt"] for row in first], "as they are"
     assert [(p["cues"], p["level"]) for p in prompts] == [(r["cues"], r["level"]) for r in first]
     assert {len(p["instruction_id_list"]) for p in prompts} == {1, 2, 3, 4, 5}
@@ -542,7 +542,8 @@ def test_ifeval_rows_from_arrow_and_their_levels(data):
     (["--token_ratio", 1.5], "--token_ratio"), (["--pool", 0], "--pool"),
     (["--cold_start", 0], "--cold_start"), (["--tea_coef", -1], "--tea_coef"),
     (["--kl_coef", "nan"], "--kl_coef"), (["--sampled_tokens", 9], "--sampled_tokens"),
-    (["--dataset", "x.jsonl"], "--dataset x.jsonl: no such file"),
+    (["--dataset", "x.jsonl"], "x.jsonl: no such file"),
+    (["--eval_size", 1], "--eval_size"),
     (["--judge", "nowhere"], "--judge nowhere"), (["--sft_lr", 0], "--sft_lr"),
     (["--stage", "rl", "--products", "nowhere"], "nowhere: no config.json")])
 def test_refused_flags(argv, says, refused, tmp_path):
@@ -571,8 +572,7 @@ def test_refused_products(tmp_path, refused, full, llama_folder, data):  # noqa:
 def test_the_tiny_names_go_with_others(tmp_path, worlds, full):
     """A checkpoint of the tiny model on --dataset tiny; --model tiny on rows of one's own."""
     flags = ["--method", "grpo", "--eval_samples", 0]
-    run(tmp_path / "a", *flags, "--model", worlds / "constraints", "--dataset", "tiny",
-        "--eval_dataset", "tiny")
+    run(tmp_path / "a", *flags, "--model", worlds / "constraints", "--dataset", "tiny")
     own = write(tmp_path / "own.jsonl", jsonl(worlds / "constraints/train.jsonl")[5:45])
     run(tmp_path / "b", *flags, "--dataset", own)
     asked = [[row["prompt"] for row in rows_of(tmp_path / run, "prompts")] for run in "ab"]

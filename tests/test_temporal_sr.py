@@ -159,6 +159,21 @@ def test_the_judge_has_a_temperature_of_its_own(tmp_path, monkeypatch):
     assert [a[5] for a, _ in calls] == [.7, .7, 0, .7, 0, .7, 0]
 
 
+def test_what_is_a_form():
+    form = "Fill the form:\nanimal\ncolour\nfruit\ntool\nmetal"
+    assert temporal_sr.is_form(form)
+    for other in ("animal", form + "\ncity", form.replace("tool", "name"), form[1:], ""):
+        assert not temporal_sr.is_form(other)
+
+
+def test_a_judge_prompt_with_other_braces_is_taken_as_it_is(tiny, monkeypatch):
+    model, tok = tiny
+    told = {"judge": 'Rate {question} as {"score": n}: {response} {x}'}
+    monkeypatch.setattr(model.config, "prompts", told)
+    ids, = temporal_sr.judge_prompts(model, tok, [("{response}", "b")])
+    assert 'Rate {response} as {"score": n}: b {x}' in tok.decode(ids)
+
+
 def test_forms_have_an_exact_grader(tmp_path, monkeypatch):
     graded = spy(monkeypatch, temporal_sr, "form_grade")
     asked = spy(monkeypatch, temporal_sr.Models, "judged_by")
@@ -443,7 +458,8 @@ def test_no_text_takes_over_the_judge(attack, where, kind, llama_folder):  # noq
                       lambda tok, text: texts.append(real(tok, text)) or texts[-1])
         temporal_sr.judge_prompts(model, tok, [tuple(pair)])
     text = next(t for t in texts if "<response>" in t)
-    assert (temporal_sr.JUDGE_SYSTEM in "".join(texts)) == (kind != "tiny")
+    if kind == "tiny":
+        assert temporal_sr.JUDGE_SYSTEM not in tok.decode(prompts[0])
     assert text.count("<response>") == text.count("</response>") == 1
     inside = text.split("<response>\n")[1].split("\n</response>")[0]
     assert (inside == "a fig .") == (where == 0)

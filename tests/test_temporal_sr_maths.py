@@ -262,6 +262,6 @@ def test_answers_are_as_good_as_told():
             for name, line in zip(FORM.split("\n")[1:], answer.split("\n")):
                 category, word = line.split()
                 kinds.add((category == name, word in make.FILLERS,
-                           word in temporal_sr.WORDS[category]))
+                           word in temporal_sr.form_words()[category]))
     assert kinds == {(True, False, True), (True, True, False), (True, False, False),
                      (False, False, True)}  # right, a filler, another category's word, its line

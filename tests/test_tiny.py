@@ -29,8 +29,9 @@ def rows(name):
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_data_are_what_make_makes(world, tmp_path):
     WORLDS[world](tmp_path)
-    made = sorted(tmp_path.iterdir())
+    made = sorted(tmp_path.glob("*.jsonl"))
     assert [p.name for p in made] == sorted(p.name for p in (TINY / world).glob("*.jsonl"))
+    assert (world == "forms") == (tmp_path / "words.json").exists()
     for path in made:
         assert path.read_bytes() == (TINY / world / path.name).read_bytes(), path.name
 
@@ -106,7 +107,7 @@ def test_forms_are_of_three_kinds_that_share_none():
     for prompt in set.union(*parts):
         assert prompt.startswith(temporal_sr.FORM)
         names = prompt.split("\n")[1:]
-        assert len(set(names)) == temporal_sr.SLOTS and set(names) <= temporal_sr.WORDS.keys()
+        assert temporal_sr.is_form(prompt) and len(set(names)) == temporal_sr.SLOTS
 
 
 def test_authors_and_judgements():
@@ -121,6 +122,8 @@ def test_authors_and_judgements():
         wrong += sum(a != b for a, b in zip(oks, truth))
         verdicts += len(truth)
     assert wrong / verdicts == pytest.approx(make.JUDGE_NOISE, abs=.01)
+    grades = [temporal_sr.form_grade(r["prompt"], r["response"]) for r in rows("forms/eft")]
+    assert min(map(grades.count, range(6))) > 8000 / 6 * .9, "all grades are alike often"
 
 
 # ------------------------------------------------------------------------------------- constraints
@@ -145,6 +148,8 @@ def test_prompts_and_their_held_out_combinations():
     assert not any(map(held_out, kinds["train"]))
     assert all(map(held_out, (k for k in kinds["test"] if len(k) > 1)))
     assert {len(k) for k in kinds["train"] & kinds["test"]} == {1}
+    several = [k for k in kinds["train"] | kinds["test"] if len(k) > 1]
+    assert .15 < sum(map(held_out, several)) / len(several) < .35
 
 
 def some_tasks(number, seed):
@@ -154,7 +159,7 @@ def some_tasks(number, seed):
 
 def test_revise_does_what_it_is_told():
     rng, tasks = some_tasks(400, 0)
-    made = 0
+    made = changed = 0
     for constraints in tasks:
         met = [rng.random() < 0.6 for _ in constraints]
         page = make.revise(rng, None, constraints, met)
@@ -169,9 +174,10 @@ def test_revise_does_what_it_is_told():
         after = make.revise(rng, page, constraints, [True] * len(met))
         assert str(page) == before, "it changes a copy"
         if after:
+            changed += 1
             assert all(light_if.follow(str(after), constraints))
             assert all(met) <= (str(after) == before), "with as few changes as it takes"
-    assert made > 380
+    assert made > 380 and changed > 380
     page = make.Page(["red", ",", "[x]", "***", "cat"], True, True)
     assert str(page) == '" RED, [x] *** CAT"'
 
@@ -196,12 +202,49 @@ def test_traces():
     assert sum(right[True]) > 470 and 120 < sum(right[False]) < 240  # .65 ** 1..5: .33
 
 
+# --------------------------------------------------------------------------------- the models
+
+
+def loaded(world, script):
+    return common.load_model(str(TINY / world), script.Config(device="cpu"))
+
+
+def test_the_arithmetic_model_solves_what_it_has_seen():
+    policy, tok = loaded("arithmetic", gcpo)
+    problems = [common.Problem(**row) for row in rows("arithmetic/test")[:100]]
+    problems = common.encode_prompts(problems, policy, tok, "", 64, "test")
+    result = common.greedy_accuracy(policy, tok, problems, gcpo.parse([]), gcpo.correct)
+    assert result["accuracy/level1"] == result["accuracy/level2"] == 1
+    assert result["accuracy/level5"] < .2 < .9 < result["accuracy/level3"] + .1
+
+
+def test_m_0_is_a_good_judge_that_errs(monkeypatch):
+    """On the grades that it was not told, over a hundred answers of its own."""
+    monkeypatch.setattr(common, "TINY_FOLDER", TINY)
+    policy, tok = loaded("forms/M_0", temporal_sr)
+    cfg = temporal_sr.parse(["--eval_samples", "4"])
+    *_, held_out = temporal_sr.load_data(cfg)
+    held_out = common.encode_prompts(held_out[:100], policy, tok, "", cfg.max_new_tokens, "test")
+    models = temporal_sr.Models(policy, tok, None, cfg)
+    result = temporal_sr.Grader(models, models.snapshot(), held_out, cfg).evaluate()
+    assert .74 < result["judge_order"] < .82 and .6 < result["judge_error"] < .85
+    assert 2.3 < result["grade"] < 3
+
+
+def test_the_lazy_model_can_check():
+    policy, tok = loaded("constraints", light_if)
+    tasks = light_if.to_tasks(rows("constraints/test")[:100], "test")
+    cfg = light_if.parse(["--eval_samples", "1"])
+    result = light_if.evaluate(policy, tok, light_if.render(policy, tok, tasks, "test", cfg), cfg)
+    assert .05 < result["checked"] < .3 and .1 < result["accuracy"] < .4
+
+
 # --------------------------------------------------------------------------------- the two names
 
 
 def test_all_rows_are_used_in_their_order(monkeypatch):
     """Single constraints stand in both files of their world; no row is left out for that."""
-    monkeypatch.setattr(common, "TINY", TINY)
+    monkeypatch.setattr(common, "TINY_FOLDER", TINY)
     tasks, held_out = light_if.load_data(light_if.parse([]))
     assert [t.question for t in tasks] == [r["prompt"] for r in rows("constraints/train")]
     assert len(held_out) == 300
@@ -222,5 +265,5 @@ def test_a_model_folder_is_an_ordinary_one(world):
     assert model.dtype == torch.float32 and len(tok) == model.config.vocab_size
     text = "12-5=7\n#### 7 figs, two  spaces</think>"
     assert tok.decode(tok(text).input_ids) == text
-    assert common.own_prompt(model, "instruction") == ""
-    assert (common.own_prompt(model, "judge") == make.JUDGE) == world.startswith("forms")
+    assert common.trained_prompt(model, "instruction") == ""
+    assert (common.trained_prompt(model, "judge") == make.JUDGE) == world.startswith("forms")

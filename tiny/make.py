@@ -10,6 +10,7 @@ A user never runs it: what it made is in the repository. The same versions on th
 processor give the same bytes. All choices in this file are ours.
 """
 
+import argparse
 import hashlib
 import json
 import random
@@ -26,9 +27,9 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import as_samples, cross_entropy_backward, encode_questions, problem_stream
+from common import TINY_FOLDER, as_samples, cross_entropy_backward, encode_questions, problem_stream
 from light_if import THINK_END, capital_words, combine, follow, words
-from temporal_sr import FORM, SLOTS, WORDS, verdicts
+from temporal_sr import FORM, SLOTS, form_words, verdicts
 
 # ----------------------------------------------------------------------- models and their training
 
@@ -157,6 +158,7 @@ FILLERS = ("um", "hm", "eh", "uh")
 AUTHORS = (0.2, 0.5, 0.85)  # how often each of the authors of ift.jsonl has a right word
 JUDGE_NOISE = 0.2           # share of wrong verdicts: the judge is imperfect on purpose
 FORMS = 8000                # rows of ift.jsonl and of eft.jsonl
+WORDS = form_words()        # of forms/words.json, the one file that is not made here
 JUDGE = "Judge: {question}\n<response>\n{response}\n</response>"
 
 
@@ -205,6 +207,7 @@ def forms_data(folder):
         eft.append({"prompt": question, "response": answer,
                     "judgement": form_judgement(rng, question, answer)})
     write(folder, ift=ift, eft=eft, prompts=[authored(q) for q in others], test=test)
+    (folder / "words.json").write_bytes((TINY_FOLDER / "forms/words.json").read_bytes())
     return ift, eft
 
 
@@ -224,16 +227,11 @@ def make_forms(folder):
 # ------------------------------------------------------------------------------------- constraints
 
 NOTE = "red cat sun hat pen cup map fox".split()
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = "zero one two three four five six seven eight nine".split() + ["ten"] * 10  # or more
 SEEDS = ("note", "list", "poem", "tale")
 SLOT, BREAK = "[x]", "***"
 JOINTS = (BREAK, ",")      # they stand between two words
 SLOPPY, FIXED = 0.65, 0.9  # how often a first draft meets a constraint, and a redraft one more
-
-
-def count(n):
-    """A count as a word."""
-    return NUMBERS[min(n, 10)]
 
 
 def about_word(prefix, name):
@@ -249,22 +247,22 @@ LIMITS = [{"num_words": n, "relation": relation} for relation, numbers in (
 KINDS = {
     "length_constraints:number_words": (
         lambda k: {"at least": "atLeast", "less than": "lessThan"}[k["relation"]]
-        + count(k["num_words"]).title(),
-        lambda x, k: count(len(words(x))),
+        + NUMBERS[k["num_words"]].title(),
+        lambda x, k: NUMBERS[len(words(x))],
         lambda rng: rng.choice(LIMITS)),
     "length_constraints:number_paragraphs": (
-        lambda k: f"parts{count(k['num_paragraphs']).title()}",
-        lambda x, k: count(x.count(BREAK) + 1),
+        lambda k: f"parts{NUMBERS[k['num_paragraphs']].title()}",
+        lambda x, k: NUMBERS[x.count(BREAK) + 1],
         lambda rng: {"num_paragraphs": rng.choice((1, 2, 3))}),
     "keywords:existence": about_word("with", "keywords"),
     "keywords:forbidden_words": about_word("without", "forbidden_words"),
     "detectable_content:number_placeholders": (
-        lambda k: f"slots{count(k['num_placeholders']).title()}",
-        lambda x, k: count(x.count("[")),
+        lambda k: f"slots{NUMBERS[k['num_placeholders']].title()}",
+        lambda x, k: NUMBERS[x.count("[")],
         lambda rng: {"num_placeholders": rng.choice((1, 2))}),
     "change_case:capital_word_frequency": (
-        lambda k: f"loud{count(k['capital_frequency']).title()}",
-        lambda x, k: count(len(capital_words(x))),
+        lambda k: f"loud{NUMBERS[k['capital_frequency']].title()}",
+        lambda x, k: NUMBERS[len(capital_words(x))],
         lambda rng: {"capital_frequency": rng.choice((2, 3, 4)), "capital_relation": "at least"}),
     "punctuation:no_comma": (
         lambda k: "noComma", lambda x, k: "found" if "," in x else "none", lambda rng: {}),
@@ -415,7 +413,7 @@ def make_constraints(folder):
             page = revise(rng, None, [], [])
             return rng.choice(SEEDS), f"draft{page}\n{THINK_END}\n{page}"
         while True:
-            prompt, constraints = task(rng, rng.choice((1,)))
+            prompt, constraints = task(rng, rng.choice((1,)))  # the draw only keeps the old bytes
             if constraints[0][0].startswith("keywords"):
                 return prompt, trace(rng, constraints, True)
 
@@ -436,7 +434,7 @@ def make_constraints(folder):
 
 def main(folder):
     """Makes all worlds in an empty folder."""
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         sys.exit(f"error: {folder} is not empty; name an empty folder, or one to be made")
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("medium")   # the kernels that the files of the repository
@@ -447,4 +445,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default="runs/tiny", help="an empty one")
+    main(parser.parse_args().folder)

@@ -145,8 +145,8 @@ def contents(out):
 
 
 def undisturbed(name, folder):
-    """-> contents of a whole run, and its passes: {place: [seconds]}. The first of two such runs
-    fills the cache."""
+    """-> contents of a whole run, and its passes: {place: [seconds]}. Two such runs have to be the
+    same."""
     seen = folder / "seen.json"
     for out in (folder / "first", folder / "whole"):
         done = start(name, out, False, seen=str(seen))

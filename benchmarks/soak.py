@@ -104,7 +104,7 @@ def measure(script, steps):
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, __file__, "--steps", str(steps), "--child", script,
                                folder], capture_output=True, text=True, cwd=ROOT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": folder,
+                              env={**os.environ, "OMP_NUM_THREADS": "1",
                                    "MALLOC_TRIM_THRESHOLD_": "131072",
                                    "MALLOC_MMAP_THRESHOLD_": "131072"})
         if done.returncode:

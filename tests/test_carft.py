@@ -29,8 +29,8 @@ SMALL = "--prompts 8 --max_new_tokens 48 --eval_size 20 --save_every 0 --eval_ev
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
-    """The briefly warmed-up model is hardly ever right, so a CoT counts as correct here if it ends
-    in an even digit: about half of them do. Every CoT counts as a number. One test draws."""
+    """A CoT counts as correct here if it ends in an even digit: about half of them do, whatever the
+    model has learned. Every CoT counts as a number. One test draws."""
     monkeypatch.setattr(carft, "answer_of", lambda text, problem: (text[-1:] in tuple("02468"),
                                                                    True))
     if request.node.name != "test_run_folder":

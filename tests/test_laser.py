@@ -30,7 +30,7 @@ import common
 import laser
 
 ROOT = Path(__file__).parent.parent
-# c_ref of the briefly warmed-up model is about -12, so its scale of the score is a larger one
+# c_ref of the tiny model is about -20, so its scale of the score is a larger one
 SMALL = "--prompts 8 --group 4 --max_new_tokens 48 --eval_size 20 --eval_samples 2 --lr 1e-3 " \
         "--save_every 0 --eval_every 0 --beta_v .2 --std_threshold .01 " \
         "--reasoning_warmup_steps 1 --self_rewarding_warmup_steps 1".split()
@@ -41,9 +41,8 @@ CORRECT = laser.correct
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """The briefly warmed-up model is hardly ever right, so a solution counts as correct here if it
-    ends in an even digit: about half of them do, and a verifier can learn it. A short calibration.
-    """
+    """A solution counts as correct here if it ends in an even digit: about half of them do,
+    whatever the model has learned, and a verifier can learn it. A short calibration."""
     monkeypatch.setattr(laser, "correct", lambda text, problem: text[-1:] in tuple("02468"))
     monkeypatch.setattr(laser, "PAIRS", 24)
     monkeypatch.setattr(laser, "TIMING", 0)
@@ -112,9 +111,9 @@ def test_switches_run(tmp_path, argv):
 
 
 def test_the_score_learns(tmp_path, monkeypatch):
-    """On the sampled solutions, within seconds; whether it generalises from so few depends on the
-    last digits of the warm-up. Without GRPO, which makes every solution end in an even digit before
-    the score has learned what that is."""
+    """On the sampled solutions, within seconds; whether it generalises from so few is another
+    question. Without GRPO, which makes every solution end in an even digit before the score has
+    learned what that is."""
     monkeypatch.setattr(laser, "group_advantages", torch.zeros_like)
     rows = run(tmp_path / "r", "--eval_samples", 8, "--tau", 0, "--alpha", 1, "--lr", 3e-4,
                "--reasoning_warmup_steps", 0, "--prompts", 16, "--max_new_tokens", 16, steps=50)

@@ -216,11 +216,12 @@ def test_megabytes_are_read_in_time(tmp_path):
 @pytest.mark.parametrize("script, data, says", [
     (light_if, "nowhere", "tiny, dolly"), (temporal_sr, "nowhere", "tiny, ultrafeedback")])
 def test_the_names_that_a_script_knows(script, data, says, monkeypatch):
-    monkeypatch.setattr(light_if, "to_tasks", lambda *a: [])
+    monkeypatch.setattr(light_if, "to_tasks", lambda *a: [light_if.Task("q", "", level="2")])
     real = common.read_rows
     monkeypatch.setattr(light_if, "read_rows", lambda name, split, *a: (
         [] if split == "test" else real(name, split, *a)))
-    cfg = SimpleNamespace(dataset=data, eval_dataset="", eft_dataset="", sft_steps=1, method="tsr")
+    cfg = SimpleNamespace(dataset=data, eval_dataset="", eft_dataset="", sft_steps=1, method="tsr",
+                          eval_size=0)
     assert f"not a built-in name ({says})" in outcome(script.load_data, cfg)[1]
 
 

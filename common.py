@@ -356,14 +356,14 @@ def causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def trained_prompt(model, name):
+def trained_prompt(model, name, default=None):
     """A prompt that the model was trained with: what its config.json has under "prompts" and
-    `name`; None where it has nothing there. `instruction` is what follows a question whose answer
-    is verified, `judge` asks temporal_sr.py's judge. [ours: a small model knows the words of its
-    training only]"""
+    `name`; `default` where it has nothing there. `instruction` is what follows a question whose
+    answer is verified, `judge` asks temporal_sr.py's judge. [ours: a small model knows the words of
+    its training only]"""
     prompts = getattr(causal_lm(model).config, "prompts", None)
     prompt = prompts.get(name) if isinstance(prompts, dict) else None
-    return prompt if isinstance(prompt, str) else None
+    return prompt if isinstance(prompt, str) else default
 
 
 def stop_ids(model, tok):
@@ -688,11 +688,9 @@ def load_problems(cfg):
 def instruction_for(problems, name, model):
     """What follows each question: what the model was trained with, else the form of the final
     answer, as the solutions have it."""
-    own = trained_prompt(model, "instruction")
-    if own is not None:
-        return own
     boxed = any("\\boxed" in p.solution for p in problems)
-    return HUB_DATA[name][-1] if name in HUB_DATA else BOXED if boxed else HASHES
+    ours = HUB_DATA[name][-1] if name in HUB_DATA else BOXED if boxed else HASHES
+    return trained_prompt(model, "instruction", ours)
 
 
 def encode_prompts(problems, model, tok, instruction, max_new_tokens, what, plain=None):

@@ -310,8 +310,7 @@ def written_by_model(problems, cfg, run, instruction):
     if not todo:
         return texts
     teacher, teacher_tok = load_model(cfg.golden, cfg, flag="--golden")
-    trained_with = trained_prompt(teacher, "instruction")
-    instruction = instruction if trained_with is None else trained_with
+    instruction = trained_prompt(teacher, "instruction", instruction)
     for part in tqdm(todo, desc=f"golden answers by {cfg.golden}", disable=None):
         own = encode_prompts([replace(p) for p in part], teacher, teacher_tok, instruction,
                              cfg.max_new_tokens, f"--golden {cfg.golden}")

@@ -593,8 +593,8 @@ def to_tasks(rows, what):
         except (TypeError, ValueError, AttributeError, re.error) as e:
             fail(f"{what}: row {number} cannot be checked: {e}")
         known = {k: row[k] for k in ("hardness", "pass_rate", "dense") if k in row}
-        level = row.get("level")  # of tiny/; of other data the level means something else
-        level = level if re.fullmatch(r"\d(_seen)?", str(level)) else str(len(kinds))
+        level = str(row.get("level"))  # of tiny/; of other data it means something else
+        level = level if re.fullmatch(r"\d(_seen)?", level) else str(len(kinds))
         tasks.append(Task(prompt, "", level=level, constraints=constraints, cues=cues, **known))
     return tasks
 
@@ -998,9 +998,8 @@ def render(policy, tok, tasks, what, cfg):
     """Prompts as ids, through the chat template; a model whose template knows no thinking, and
     which was not trained with an instruction of its own, is asked to think (D2). -> the Tasks that
     fit the context"""
-    instruction = trained_prompt(policy, "instruction")
-    if instruction is None:
-        instruction = "" if "think" in (tok.chat_template or "") else THINK
+    ours = "" if "think" in (tok.chat_template or "") else THINK
+    instruction = trained_prompt(policy, "instruction", ours)
     return encode_prompts(tasks, policy, tok, instruction, cfg.max_new_tokens, what)
 
 

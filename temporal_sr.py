@@ -457,11 +457,15 @@ def judge_prompts(model, tok, pairs):
     (the tiny one's are short), else the paper's."""
     if not pairs:
         return []
-    trained_with = trained_prompt(model, "judge")
-    texts = [re.sub(r"\{(question|response)\}", lambda m, pair=pair: quoted(pair[m[1]]),
-                    trained_with or JUDGE)
-             for pair in (dict(zip(("question", "response"), pair)) for pair in pairs)]
-    return encode_questions(tok, texts, "" if trained_with else JUDGE_SYSTEM)
+    prompt = trained_prompt(model, "judge", JUDGE)
+
+    def filled(question, response):
+        """The prompt with both in their places; other braces in it stay."""
+        texts = {"{question}": quoted(question), "{response}": quoted(response)}
+        return re.sub("|".join(map(re.escape, texts)), lambda m: texts[m[0]], prompt)
+
+    system = JUDGE_SYSTEM if prompt == JUDGE else ""
+    return encode_questions(tok, [filled(*pair) for pair in pairs], system)
 
 
 def parse_score(text):

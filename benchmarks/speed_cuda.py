@@ -114,9 +114,9 @@ def memory(device="cuda", cells=(("1.5B", []), ("7B", ["--lora"]))):
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        rows = common.tiny_rows(common.Config(), "train", "--dataset")[:66]
+        rows, _ = common.tiny_rows(common.Config(), "train", "--dataset")
         rows = [{**row, "prompt": row["question"], "response": row["solution"],
-                 "instruction": row["question"]} for row in rows]
+                 "instruction": row["question"]} for row in rows[:66]]
         ifeval = [{"prompt": f"{r['question']} Do not use any commas.", "kwargs": [{}],
                    "instruction_id_list": ["punctuation:no_comma"]} for r in rows[64:]]
         for name, part in (("train", rows[:64]), ("test", rows[64:]), ("ifeval", ifeval)):

@@ -569,6 +569,14 @@ def test_refused_products(tmp_path, refused, full, llama_folder, data):  # noqa:
         "--model", llama_folder(), *data)
 
 
+@pytest.mark.parametrize("level, told", [
+    (3, "3"), ("1_seen", "1_seen"), (None, "1"), (7.5, "1"), ("hard", "1"), (True, "1")])
+def test_levels_of_the_data(level, told):
+    row = {"prompt": "a", "instruction_id_list": ["startend:quotation"], "kwargs": [{}]}
+    task, = light_if.to_tasks([row | {"level": level}], "x")
+    assert task.level == told
+
+
 def test_the_tiny_names_go_with_others(tmp_path, worlds, full):
     """A checkpoint of the tiny model on --dataset tiny; --model tiny on rows of one's own."""
     flags = ["--method", "grpo", "--eval_samples", 0]

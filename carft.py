@@ -33,7 +33,7 @@ WHAT IS KNOWN OF THE PAPER
 
     D1  L_cl is the masked InfoNCE that the code's formula means. The released code (1) multiplies
         losses (B,) by a mask (B, 1), so that it sums over all rows if any is correct, and (2)
-        gathers the negatives without gradient. --code_parity has both
+        gathers the negatives without gradient; a test computes both
     D2  negatives are all other rows of the rollout batch; the code has those of a micro-batch on
         all GPUs, 32 rows, and sums over the 4 of one GPU; ours with --code_parity sums over B, so
         that lambda acts B/4 times as strongly. The loss couples all rows: their vectors are taken
@@ -68,54 +68,30 @@ SHAPES  B questions, G samples each (1 but for drgrpo), N = B*G rows, L columns,
         rewards, advantages and state values belongs to token t, an action taken one column before.
 RUN     python carft.py                              # tiny model, CPU, offline, minutes
         python carft.py --method reft                # a baseline in the same loop
-        python carft.py --hot                        # large steps: is the contrast steadier?
         python carft.py --model Qwen2.5-1.5B         # one CUDA GPU, GSM8K
         python carft.py --model Qwen2.5-7B --lora    # LoRA adapters; the heads train in full
 """
 
 import math
 import re
-import statistics
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tqdm import tqdm
 
 import common
 from common import (
-    MasterAdamW,
-    Run,
-    arg,
-    as_number,
-    as_samples,
-    batch_logps,
-    causal_lm,
-    collate,
-    evaluate,
-    extract_answer,
-    fail,
-    frozen_reference,
-    hidden_states,
-    keep_sft,
-    micro_batches,
-    parse_config,
-    problem_stream,
-    reference_policy,
-    response_logps,
-    response_part,
-    same_answer,
-    sample,
-    sampling_statistics,
-    save_figure,
-    seed_everything,
-    set_up,
-    sft_step,
-    stage,
-    trained_prompt,
-    update,
+    Run, arg, as_number, as_samples, causal_lm, collate, evaluate, extract_answer, fail,
+    frozen_reference, hidden_states, load_model, micro_batches, mismatch, one_line, parse_config,
+    problem_stream, product, reference_logps, response_logps, same_answer, sample,
+    sampling_statistics, save_model, seed_everything, set_up, sft_step, take, trained,
+    trained_prompt, update,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -126,48 +102,48 @@ class Config(common.Config):
     tiny_files = dict(model="arithmetic", train="arithmetic/annotated.jsonl",
                       test="arithmetic/annotated_test.jsonl")  # solutions terse or not (D11)
 
+    positive = (*common.Config.positive, "ppo_epochs", "head_lr", "sft_lr")
+
     method: Literal["carft", "reft", "sft", "drgrpo"] = arg("carft", "the paper's, or a baseline")
     # stage 1
     sft_epochs: int = arg(2, "epochs of SFT on the annotated CoT, 0 = none [code: 2]")
     sft_lr: float = arg(1e-5, "its learning rate [code: 1e-5]")
-    # stage 2; left out, those with None follow --method
-    ppo_epochs: int | None = arg(None, "optimizer steps per rollout batch [code: 2, DrGRPO: 1]")
+    # stage 2
+    ppo_epochs: int = arg(2, "optimizer steps per rollout batch [code: 2, DrGRPO: 1]")
     kl_coef: float = arg(0.05, "beta of the KL in the reward, PPO only [code: 0.05]")
     gamma: float = arg(1.0, "discount [code: 1.0]")
     gae_lambda: float = arg(0.95, "of the advantage estimator [code: 0.95]")
     vf_coef: float = arg(5.0, "alpha, weight of the value loss [code: 5]")
-    head_lr: float = arg(0.0, "learning rate of the critic and the projection, 0 = ten times --lr "
-                              "[ours; code: --lr] (D7)")
+    head_lr: float = arg(3e-6, "learning rate of the critic and the projection [ours: ten times the "
+                               "policy's; code: --lr] (D7)")
     head_only_steps: int = arg(5, "first steps in which only they learn [ours; code: 0] (D7)")
-    head: Literal["shared", "separate"] | None = arg(
-        None, "critic on the ReLU of the 64-d projection, or linear beside it [code: cl2, cl]")
-    cl_coef: float | None = arg(None, "lambda, weight of the contrastive loss (D3)")
+    head: Literal["shared", "separate"] = arg(
+        "shared", "critic on the ReLU of the 64-d projection, or linear beside it [code: cl2, cl]")
+    cl_coef: float = arg(0.1, "lambda, weight of the contrastive loss [code] (D3)")
     signal: Literal["positive", "negative", "both"] = arg(
         "positive", "contrast of correct CoT, of wrong ones, or half of each [code: v4, v7, v9]")
-    partial_reward: Literal["none", "constant", "embedding"] | None = arg(
-        None, "of a wrong number: 0, 0.1, or 0.2 + 0.1 cos(annotated, sampled) [code: v11]")
-    code_parity: bool = arg(False, "the contrastive loss as released, bugs included (D1)")
-    hot: bool = arg(False, "tiny model: large steps, and no head start for the critic [ours]")
+    partial_reward: Literal["none", "constant", "embedding"] = arg(
+        "constant", "of a wrong number: 0, 0.1, or 0.2 + 0.1 cos(annotated, sampled) [code: v11]")
     # Other values than in the other scripts.
     steps: int = arg(600, "rollout steps [ours; code: 60 epochs, about 2,900 steps on SVAMP]")
     prompts: int = arg(64, "B, questions per step [code: 64]")
-    group: int | None = arg(None, "G, samples per question [code: 1, DrGRPO: 8]")
-    lr: float | None = arg(None, "learning rate of the policy [code: RL 3e-7, SFT 1e-5; DrGRPO: "
-                                 "1e-6]")
+    group: int = arg(1, "G, samples per question [code: 1, DrGRPO: 8]")
+    lr: float = arg(3e-7, "learning rate of the policy [code: RL 3e-7, SFT 1e-5; DrGRPO: 1e-6]")
     warmup_steps: int = arg(0, "linear warm-up of the learning rates, in steps [code: none]")
 
 
-PPO = dict(ppo_epochs=2, group=1, lr=3e-7, partial_reward="constant")                   # [code]
-METHODS = {"carft": dict(PPO, head="shared", cl_coef=0.1),                              # [code]
-           "reft": dict(PPO, head="separate", cl_coef=0.0),                             # [ReFT]
-           "sft": dict(PPO, head="separate", cl_coef=0.0, lr=1e-5),                     # [code]
-           "drgrpo": dict(head="separate", cl_coef=0.0, ppo_epochs=1, group=8, lr=1e-6,
-                          partial_reward="none")}                                       # [DrGRPO]
+METHODS = {  # what differs from the defaults above
+    "carft": {},
+    "reft": dict(head="separate", cl_coef=0.0),                                         # [ReFT]
+    "sft": dict(head="separate", cl_coef=0.0, lr=1e-5, head_lr=1e-4),                   # [code]
+    "drgrpo": dict(head="separate", cl_coef=0.0, ppo_epochs=1, group=8, lr=1e-6, head_lr=1e-5,
+                   partial_reward="none"),                                              # [DrGRPO]
+}
 # The tiny model's own values, used where no flag was given.
-TINY = dict(dataset="tiny", device="cpu", steps=200, max_new_tokens=64, sft_lr=1e-3, lr=2e-4,
-            head_lr=2e-3, kl_coef=0.01, vf_coef=0.1, eval_size=0, eval_every=25, save_every=50,
-            carft=dict(cl_coef=0.01), sft=dict(lr=1e-4), drgrpo=dict(prompts=16, group=4),
-            hot=dict(lr=6e-4, vf_coef=1.0, head_only_steps=0))
+TINY = dict(dataset="tiny", device="cpu", steps=200, max_new_tokens=64, micro_tokens=1024,
+            sft_lr=1e-3, lr=2e-4, head_lr=2e-3, kl_coef=0.01, vf_coef=0.1, eval_size=0,
+            eval_every=25, save_every=50,
+            carft=dict(cl_coef=0.01), sft=dict(lr=1e-4), drgrpo=dict(prompts=16, group=4))
 SIZE = 64                  # of a CoT vector [code]
 TEMPERATURE, CEILING = 0.2, 0.9  # tau, and the cosine from which a pair is pulled no more [code]
 CLIP = 0.2                 # of the ratio and of the value [code]
@@ -189,7 +165,7 @@ METRICS = {
     "cl/cos_wrong": "the same of wrong ones",
     "cl/cos_other": "the same of CoT of different questions",
     "sft/loss": "--method sft: cross-entropy per token of the annotated CoT",
-    "optim/grad_norm": "before clipping, the largest of the epochs",
+    "optim/grad_norm": "before clipping, mean of the epochs",
     "eval/*": "on held-out problems: accuracy, accuracy/level<n>, mean@k, pass@k, maj@k, and as "
               "above cos_correct, cos_wrong, cos_other",
 }
@@ -203,7 +179,6 @@ CURVES = {
 
 def parse(argv):
     cfg = parse_config(Config, "carft", __doc__, TINY, METHODS, argv)
-    cfg.head_lr = cfg.head_lr or 10 * cfg.lr
     if cfg.method != "drgrpo" and cfg.group != 1:
         fail(f"--group {cfg.group}: {cfg.method} has one sample per question; raise --prompts")
     if cfg.method == "drgrpo" and cfg.group < 2:
@@ -215,19 +190,9 @@ def parse(argv):
             fail(f"--cl_coef: the contrastive loss is of --method carft, not of {cfg.method}")
         if cfg.partial_reward == "embedding":
             fail("--partial_reward embedding: the vectors are trained with --method carft only")
-    if not cfg.cl_coef and (cfg.signal != "positive" or cfg.code_parity):
-        fail("--signal and --code_parity: are of the contrastive loss, which is off here")
-    if cfg.method == "sft" and cfg.sampled_tokens:
-        fail("--sampled_tokens: --method sft samples nothing, give --steps")
-    if cfg.hot and cfg.model != "tiny":
-        fail("--hot is a preset of the tiny model; give --lr, --vf_coef and --head_only_steps")
-    for name in ("kl_coef", "vf_coef", "cl_coef", "head_only_steps", "sft_epochs"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            fail(f"--{name} {getattr(cfg, name)}: must be a number from 0 on")
-    for name in ("head_lr", "sft_lr", "ppo_epochs"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            fail(f"--{name} {getattr(cfg, name)}: must be positive")
-    if not (0 <= cfg.gamma <= 1 and 0 <= cfg.gae_lambda <= 1):
+    if not cfg.cl_coef and cfg.signal != "positive":
+        fail("--signal: is of the contrastive loss, which is off here")
+    if cfg.gamma > 1 or cfg.gae_lambda > 1:
         fail("--gamma and --gae_lambda must be in [0, 1]")
     if cfg.method in ("carft", "reft") and cfg.steps <= cfg.head_only_steps:
         print(f"note: only the heads learn, --steps {cfg.steps} does not exceed --head_only_steps "
@@ -407,15 +372,13 @@ def cosines(a, b):
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
-def masked_mean(loss, mask, parity):
-    """sum m l / (sum m + 1e-8); as released, (B,) times (B, 1): the sum of all l if any m (D1).
-    loss: (N,), mask: (N,) bool -> a scalar"""
-    if parity:
-        return loss.sum() * mask.any()
+def masked_mean(loss, mask):
+    """sum m l / (sum m + 1e-8). As released, (B,) times (B, 1), it is the sum of all l if any m
+    (D1). loss: (N,), mask: (N,) bool -> a scalar"""
     return (loss * mask).sum() / (mask.sum() + 1e-8)
 
 
-def positive_loss(z_ann, z, right, parity=False):
+def positive_loss(z_ann, z, right):
     """Masked InfoNCE of the correct CoT, tau = .2; the pull ends at cosine .9:
 
         l_i = -log  exp(min(cos(z_ann_i, z_i), .9) / tau) / sum_j exp(cos(z_ann_i, z_j) / tau)
@@ -425,11 +388,11 @@ def positive_loss(z_ann, z, right, parity=False):
     """
     z_ann = z_ann.detach()
     pull = F.cosine_similarity(z_ann, z, dim=-1).clamp(max=CEILING)
-    others = cosines(z_ann, z.detach() if parity else z) / TEMPERATURE
-    return masked_mean(others.logsumexp(1) - pull / TEMPERATURE, right, parity)
+    others = cosines(z_ann, z) / TEMPERATURE
+    return masked_mean(others.logsumexp(1) - pull / TEMPERATURE, right)
 
 
-def negative_loss(z_a, z_c, z_d, wrong, present, parity=False):
+def negative_loss(z_a, z_c, z_d, wrong, present):
     """The negative signal, for wrong CoT: what they share with the annotated CoT (z_c) is pulled
     to what that has in addition (z_a), and away from what they have of their own (z_d):
 
@@ -442,11 +405,11 @@ def negative_loss(z_a, z_c, z_d, wrong, present, parity=False):
     """
     z_a, usable = z_a.detach(), present[:, 0] & present[:, 1]
     pull = F.cosine_similarity(z_a, z_c, dim=-1).clamp(max=CEILING)
-    shared, own = cosines(z_c, z_c), cosines(z_c, z_d.detach() if parity else z_d)
+    shared, own = cosines(z_c, z_c), cosines(z_c, z_d)
     others = torch.cat([shared.masked_fill(~present[:, 1], -math.inf),
                         own.masked_fill(~present[:, 2], -math.inf)], 1) / TEMPERATURE
     loss = torch.where(usable, others.logsumexp(1) - pull / TEMPERATURE, 0.0)
-    return masked_mean(loss, wrong & usable, parity)
+    return masked_mean(loss, wrong & usable)
 
 
 def common_subsequence(a, b):
@@ -481,7 +444,7 @@ def token_sets(sampled, annotated, cfg):
     cot, cot_ann = columns(sampled), columns(annotated)
     if cfg.signal == "positive":
         return [cot], [cot_ann]
-    start = 0 if cfg.code_parity else cot[0]
+    start = cot[0]
     in_ann, in_cot = common_subsequence(*([*s.prompt, *s.tokens][start:]
                                           for s in (annotated, sampled)))
     in_ann, in_cot = ({start + i for i in x} for x in (in_ann, in_cot))
@@ -494,12 +457,11 @@ def contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg):
     `sets_ann`; right: (N,) bool -> a scalar"""
     signals = []
     if cfg.signal in ("positive", "both"):
-        signals.append(positive_loss(Z_ann[:, 0], Z[:, 0], right, cfg.code_parity))
+        signals.append(positive_loss(Z_ann[:, 0], Z[:, 0], right))
     if cfg.signal in ("negative", "both"):
         present = torch.tensor([[bool(extra), bool(shared), bool(own)] for (_, extra), (
             _, shared, own) in zip(sets_ann, sets)], device=Z.device)
-        signals.append(negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right, present,
-                                     cfg.code_parity))
+        signals.append(negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right, present))
     return sum(signals) / len(signals)
 
 
@@ -529,13 +491,8 @@ def cosine_parts(z_ann, z, right):
             "cos_other": cos[~same]}
 
 
-def cosine_statistics(parts):
-    """Their means; nothing of nothing."""
-    return {name: part.mean().item() for name, part in parts.items() if len(part)}
-
-
 def evaluate_vectors(policy, heads, tok, pairs, cfg, folder):
-    """`cosine_statistics` of a sampled CoT to each of `pairs`; draws folder/vectors.png."""
+    """Mean `cosine_parts` of a sampled CoT to each of `pairs`; draws folder/vectors.png."""
     generator = torch.Generator(cfg.device).manual_seed(1234)
     drawn = sample(policy, tok, [p.prompt for p, _ in pairs], 1, cfg.max_new_tokens,
                    cfg.temperature, generator)
@@ -544,17 +501,13 @@ def evaluate_vectors(policy, heads, tok, pairs, cfg, folder):
                 for samples in (drawn, [s for _, s in pairs]))
     parts = cosine_parts(z_ann.cpu(), z.cpu(), right)
     draw_vectors(folder / "vectors.png", parts)
-    return cosine_statistics(parts)
+    return {name: part.mean().item() for name, part in parts.items() if len(part)}
 
 
 def draw_vectors(path, parts):
     """The picture: histograms of the cosines, by kind of pair; `parts` of `cosine_parts`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(5.6, 3.6))
+    fig = Figure(figsize=(5.6, 3.6), layout="tight")
+    ax = fig.subplots()
     edges = torch.linspace(-1, 1, 51).tolist()
     for label, part in zip(("correct", "wrong", "other questions"), parts.values()):
         if len(part):
@@ -563,8 +516,7 @@ def draw_vectors(path, parts):
     ax.set(title="annotated and sampled CoT, each kind of area 1", xlabel="cosine of the vectors")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-    fig.tight_layout()
-    save_figure(fig, path)
+    fig.savefig(path, dpi=110)
 
 
 # ---------------------------------------------------------------------------------- 5. the loop
@@ -588,8 +540,7 @@ def score(policy, heads, samples, sets, cfg, logps=True):
     length = max(len(s.prompt) + len(s.tokens) for s in samples)
     logp, V = torch.zeros(2, len(samples), length, device=cfg.device)
     Z = torch.zeros(len(samples), len(sets[0]), SIZE, device=cfg.device)
-    for rows in micro_batches(samples, cfg.micro_tokens):
-        ids, mask = collate([samples[i] for i in rows], cfg.device)
+    for rows, ids, mask in micro_batches(samples, cfg):
         n = ids.shape[1]
         hidden = hidden_states(policy, ids)
         if logps:
@@ -601,20 +552,17 @@ def score(policy, heads, samples, sets, cfg, logps=True):
 
 
 def warm_up(policy, tok, train, cfg, folder):
-    """Stage 1: SFT on the annotated CoT. Leaves the SFT policy in `folder`, LoRA adapters merged,
-    and -> that policy, with fresh adapters under --lora: switched off they give the reference."""
+    """Stage 1: SFT on the annotated CoT. Leaves the SFT policy in `folder`, LoRA adapters merged."""
     steps = max(1, cfg.sft_epochs * len(train) // SFT_BATCH)
-    opt, losses = MasterAdamW(policy, lr=cfg.sft_lr), []
-    stream = None
-    for step in stage("stage 1, SFT", policy, opt, steps, {"losses": losses}):
-        stream = stream or problem_stream(train, (step - 1) * SFT_BATCH, f"sft{cfg.seed}")
+    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.sft_lr, weight_decay=0.0)
+    stream, losses = problem_stream(train, 0, f"sft{cfg.seed}"), []
+    for step in tqdm(range(1, steps + 1), "stage 1, SFT", disable=None):
         samples = [s for _, s in islice(stream, SFT_BATCH)]
         rate = cfg.sft_lr * (1 - (step - 1) / steps)
         losses.append(sft_step(policy, samples, opt, cfg, f"{step} of stage 1", [rate])[0])
     print(f"stage 1: SFT on {len(train)} annotated CoT, {steps} steps, loss {losses[0]:.3f} -> "
-          f"{losses[-1]:.3f}; kept in {folder}/")
-    opt.release()
-    return keep_sft(policy, tok, cfg, folder)
+          f"{losses[-1]:.3f}; kept in {cfg.out}/sft/")
+    save_model(folder, policy.merge_and_unload() if cfg.lora else policy, tok)
 
 
 def learning_rates(step, cfg):
@@ -624,42 +572,44 @@ def learning_rates(step, cfg):
     return [0.0 if alone else scale * cfg.lr, scale * cfg.head_lr]
 
 
+@one_line
 def main(argv=None):
     cfg = parse(argv)
     run = Run(cfg, "carft", METRICS, CURVES)
-    sft = run.folder.resolve() / "sft"
-    policy, tok, problems, held_out, _ = set_up(cfg, sft if sft.is_dir() else None, PROMPT)
+    policy, tok, problems, held_out, _ = set_up(cfg, PROMPT)
     train = annotated_set(problems, policy, tok, cfg)
-    run.open()
 
-    # stage 1
-    if cfg.sft_epochs and not sft.is_dir():
-        policy = warm_up(policy, tok, train, cfg, sft)
+    # stage 1; with --lora, switching the fresh adapters off gives the SFT policy back
+    if cfg.sft_epochs:
+        sft = product(Path(cfg.out).resolve() / "sft",
+                      lambda to: warm_up(policy, tok, train, cfg, to))
+        seed_everything(cfg)  # for the adapters, whether the SFT policy was there or not
+        policy, tok = load_model(str(sft), cfg, cfg.lora)
 
     # stage 2
     ppo, contrast = cfg.method in ("carft", "reft"), cfg.cl_coef > 0
     heads = Heads(causal_lm(policy).config.hidden_size, cfg.head).to(cfg.device)
     seed_everything(cfg)  # whatever was drawn so far, all methods sample alike from here on
-    trained = torch.nn.ModuleList([policy, heads])
+    learners = torch.nn.ModuleList([policy, heads])
     reference = frozen_reference(policy) if ppo else None
-    opt = MasterAdamW(policy, heads, lr=cfg.lr)
+    opt = torch.optim.AdamW([{"params": [p for _, p in trained(m)]} for m in learners], lr=cfg.lr,
+                            weight_decay=0.0)
     pairs = annotate(held_out, policy, tok, cfg)[:VECTORS] if contrast else []
 
     def test():
         vectors = evaluate_vectors(policy, heads, tok, pairs, cfg, run.folder) if pairs else {}
-        return evaluate(policy, tok, held_out, cfg, correct) | vectors
+        return evaluate(policy, tok, held_out, cfg, correct)[0] | vectors
 
-    state = run.start(trained, opt, test)
-    for step in run.steps(state):
+    state = run.start(learners, opt, test)
+    for step in run.steps(cfg.steps):
         rates = learning_rates(step, cfg)
         rest = -state["position"] % len(train)  # of the epoch; too few for a batch are dropped
         state["position"] += rest if rest < cfg.prompts else 0
-        stream = problem_stream(train, state["position"], cfg.seed)
-        problems, annotated = zip(*islice(stream, cfg.prompts))
-        state["position"] += cfg.prompts
+        problems, annotated = zip(*take(train, cfg.prompts, state, cfg.seed))
         if cfg.method == "sft":
             loss, norm = sft_step(policy, annotated, opt, cfg, step, rates)
-            run.end_step(state, {"sft/loss": loss, "optim/grad_norm": norm}, [], trained, opt, test)
+            run.add({"sft/loss": loss, "optim/grad_norm": norm})
+            run.end_step(learners, opt, test)
             continue
 
         # 1. sample
@@ -668,6 +618,7 @@ def main(argv=None):
         n, mask = len(batch), collate(batch, cfg.device)[1]                          # (N, L)
         right, number = torch.tensor([answer_of(s.text, problems[i // cfg.group])
                                       for i, s in enumerate(batch)], device=cfg.device).T  # (N,)
+        run.add(sampling_statistics(batch, right.tolist(), cfg.group, state))
 
         # 2. log-probs, values and vectors of the old policy; annotated vectors for all epochs
         sets, sets_ann = zip(*(token_sets(s, annotated[i // cfg.group], cfg)
@@ -682,27 +633,29 @@ def main(argv=None):
         if cfg.partial_reward == "embedding":
             cos = F.cosine_similarity(Z_ann[:, 0], old_Z[:, 0])
         r = rewards(right, number, partial_rewards(cfg.partial_reward, cos))         # (N,)
+        run.add({"reward/mean": r})
 
         # 4. advantages of tokens, weights of rows
         if ppo:
-            with reference_policy(policy, reference) as ref:
-                ref_logp = batch_logps(ref, batch, cfg)                              # (N, L)
+            ref_logp = reference_logps(policy, reference, batch, cfg)                # (N, L)
             A, R = ppo_advantages(r, old_logp, ref_logp, old_V, mask, cfg)           # (N, L) each
+            run.add(critic_statistics(old_logp, ref_logp, old_V, R, mask))
         else:
             A = group_advantages(r.view(-1, cfg.group)).view(-1, 1) * mask           # (N, L)
+        if contrast:
+            parts = cosine_parts(Z_ann[:, 0], old_Z[:, 0], right)
+            run.add({f"cl/{name}": part for name, part in parts.items()})
         weight = row_weights(mask, cfg)                                              # (N,)
 
         # 5. one optimizer step per epoch; a row without advantage (drgrpo) needs no forward
-        losses, norms, trained_rows = [], [], []
         active = [i for i in range(n) if ppo or A[i].any()]
         for epoch in range(cfg.ppo_epochs):
-            L_pg, L_vf, L_cl = 0.0, 0.0, 0.0
+            L_pg, L_vf = 0.0, 0.0
             if contrast:
                 Z = score(policy, heads, batch, sets, cfg, logps=False)[2] if epoch else old_Z
                 L_cl, dZ = contrastive_gradient(Z, Z_ann, sets, sets_ann, right, cfg)
-            for micro in micro_batches([batch[i] for i in active], cfg.micro_tokens):
-                rows = [active[j] for j in micro]
-                ids, m = collate([batch[i] for i in rows], cfg.device)               # (rows, w)
+                run.add({"cl/loss": L_cl})
+            for rows, ids, m in micro_batches(batch, cfg, active):                   # (rows, w)
                 w = ids.shape[1]
                 hidden = hidden_states(policy, ids)                                  # (rows, w, H)
                 logp, _ = response_logps(policy, ids, m, cfg.temperature, hidden=hidden)
@@ -718,51 +671,27 @@ def main(argv=None):
                     z = pool(V, e, scope_mask([sets[i] for i in rows], w, cfg.device))
                     loss = loss + cfg.cl_coef * (z * dZ[rows]).sum()  # gradient of L_cl (D2)
                 loss.backward()
-                trained_rows += zip([epoch] * len(rows), rows, logp.tolist(), cut.tolist())
-            norms.append(update(opt, cfg, step, L_pg + L_vf + L_cl, rates))
-            losses.append((L_pg, L_vf, L_cl))
+                run.add({"policy/clipped": cut})
+                if epoch == 0:
+                    run.add({"policy/mismatch": mismatch(logp, m, [batch[i] for i in rows])})
+            run.add({"policy/loss": L_pg, "optim/grad_norm": update(opt, cfg, step, rates)})
+            if ppo:
+                run.add({"value/loss": L_vf})
 
-        state["tokens"] += sum(len(s.tokens) for s in batch)
-        values = {"reward/mean": r.mean().item(), "optim/grad_norm": max(norms)}
-        values |= step_statistics(batch, right, trained_rows, losses, cfg, state["tokens"])
-        if ppo:
-            values |= critic_statistics(old_logp, ref_logp, old_V, R, mask)
-        if contrast:
-            found = cosine_statistics(cosine_parts(Z_ann[:, 0], old_Z[:, 0], right))
-            values |= {f"cl/{name}": value for name, value in found.items()}
-        examples = [{"prompt": problems[i // cfg.group].question, "response": batch[i].text,
-                     "reward": r[i].item(), "annotated": annotated[i // cfg.group].text}
-                    for i in range(0, n, cfg.group)][:4]
-        run.end_step(state, values, examples, trained, opt, test)
-    run.finish(state, policy, tok, test)
-
-
-def step_statistics(batch, right, trained_rows, losses, cfg, tokens):
-    """What a step's METRICS say about the sampled CoT and the training on them.
-
-    `trained_rows` holds per row and epoch: epoch, index, log-probs (L), share of clipped ratios;
-    `losses` per epoch L_pg, L_vf, L_cl.
-    """
-    values = sampling_statistics(batch, right.tolist(), cfg.group, tokens)
-    if trained_rows:
-        values["policy/mismatch"] = max(
-            abs(a - b) for epoch, i, logp, _ in trained_rows if epoch == 0
-            for a, b in zip(response_part(batch[i], logp), batch[i].logps))
-        values["policy/clipped"] = statistics.fmean(cut for *_, cut in trained_rows)
-    on = (True, cfg.method in ("carft", "reft"), cfg.cl_coef > 0)
-    for name, x, loss in zip(("policy/loss", "value/loss", "cl/loss"), on, zip(*losses)):
-        if x:
-            values[name] = statistics.fmean(loss)
-    return values
+        run.end_step(learners, opt, test, [
+            {"prompt": problems[i // cfg.group].question, "response": batch[i].text,
+             "reward": r[i].item(), "annotated": annotated[i // cfg.group].text}
+            for i in range(0, n, cfg.group)][:4])
+    run.finish(policy, tok, test)
 
 
 def critic_statistics(old_logp, ref_logp, V, R, mask):
     """The KL to the reference, and how good the critic is: 1 - var(R - V) / var(R) over tokens,
     if the returns R differ at all. (N, L) each"""
-    values = {"policy/kl": ((old_logp - ref_logp) * mask).sum(1).mean().item()}
+    values = {"policy/kl": ((old_logp - ref_logp) * mask).sum(1)}
     R, V = R[mask > 0], V[mask > 0]
     if R.max() > R.min():
-        values["value/explained"] = 1 - ((R - V).var() / R.var()).item()
+        values["value/explained"] = 1 - (R - V).var() / R.var()
     return values
 
 

@@ -47,73 +47,44 @@ WHAT IS KNOWN OF THE PAPER
     D7  token mean over the whole batch [code: per micro-batch of 2]
     D8  warm-ups are strict and relative: MSE if s > w_r, mixing if s > w_r + w_sr [code; Alg. 1
         has >= and absolute]
-    D9  KL: Eq. 13 has it, the code's coefficient is 0: --kl_beta 0
+    D9  KL: Eq. 13 has it, the code's coefficient is 0: left out
     D10 one optimizer step per rollout batch [code], so the ratio is 1 and the clip never acts;
         it stands here as the paper's loss has it
     D11 z_c (with bce z_i, too) is never sampled: neither here nor, except with --lora, by
         whoever generates from model/ [ours]
     D12 --verify_loss bce is Eq. 16. The released branch cannot be reached. Ours: its score is the
-        probability pi(z_c|x,y) itself, the class weights apply to it, too, and it is refused with
-        before_eos, where it would push down EOS itself
+        probability pi(z_c|x,y) itself, the class weights apply to it, too, and z_i is the next
+        token after z_c that ends no response and is in no prompt
     D13 beta_v must exceed 1/|c_ref|, or the target log pi = c_ref + 1/beta_v would be positive,
         and beta_v log Z must be near 0 (at most OFFSET): else an error names what works
     D14 reward: correct AND exactly one final-answer mark [code: one \\boxed{; "####" ours];
         accuracy does not ask for the form [evaluation: code; in training: ours]
     D15 votes: sum per class of equal answers; ties by the larger class, then the first [ours]
-    D16 of the common flags, lr, temperature, group and max_grad_norm equal the code's; it has 128
+    D16 of the common flags, lr, temperature, group and the gradient clip equal the code's; it has 128
         prompts, 8192 new tokens and weight decay 0.01 where we have 16, 1024 and none
 
 SHAPES  B prompts, G solutions each, N = B*G rows, L columns; row i belongs to prompt i // G.
 RUN     python laser.py                               # tiny model, CPU, offline, minutes
         python laser.py --method grpo                 # the baseline in the same loop
-        python laser.py --score runs/laser-tiny-laser-s0     # test time: a run's scores, a picture
         python laser.py --model Qwen2.5-1.5B          # one CUDA GPU, GSM8K
         python laser.py --model Qwen2.5-7B --lora     # LoRA adapters
 """
 
-import json
 import math
 import re
 import statistics
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
 import torch
+from matplotlib.figure import Figure
 
 import common
 from common import (
-    MasterAdamW,
-    Run,
-    arg,
-    at_k,
-    causal_lm,
-    collate,
-    extract_answer,
-    fail,
-    frozen_reference,
-    greedy_accuracy,
-    hidden_states,
-    load_model,
-    micro_batches,
-    parse_config,
-    problem_stream,
-    reference_logps,
-    reference_policy,
-    response_logps,
-    response_part,
-    same_answer,
-    sample,
-    sample_solutions,
-    sampling_statistics,
-    save_figure,
-    set_up,
-    stop_ids,
-    update,
-    vote,
-    writing,
+    Run, arg, autocast, causal_lm, extract_answer, fail, frozen_reference, hidden_states, micro_batches,
+    mismatch, one_line, parse_config, problem_stream, reference_policy, response_logps, same_answer,
+    sample, sampling_statistics, set_up, stop_ids, take, trained, update, vote,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -121,28 +92,24 @@ from common import (
 
 @dataclass
 class Config(common.Config):
+    positive = (*common.Config.positive, "beta_v", "eval_samples")
+    negative = ("c_ref",)
+
     method: Literal["laser", "grpo"] = arg("laser", "the paper's, or its baseline")
-    # Left out, these two follow --method (the table above).
-    alpha: float | None = arg(None, "weight of the verification loss [code: 0.1; grpo 0; the tiny "
-                                    "model 1, ours]")
-    tau: float | None = arg(None, "share of A_s in the advantage, 0 = `LaSeR -SWA` [code: 0.1]")
+    alpha: float = arg(0.1, "weight of the verification loss [code: 0.1; the tiny model 1, ours]")
+    tau: float = arg(0.1, "share of A_s in the advantage, 0 = `LaSeR -SWA` [code: 0.1]")
     beta_v: float = arg(0.1, "scale of the score, KL weight of the verification RL [code: 0.1]")
     std_threshold: float = arg(0.1, "T: groups with a smaller std of scores keep A_v [code: 0.1]")
     reasoning_warmup_steps: int = arg(200, "w_r: steps of plain GRPO [code: 200, ORZ-7B 0]")
     self_rewarding_warmup_steps: int = arg(200, "w_sr: further steps without mixing [code: 200]")
     token: str = arg("", "z_c; default: an unused special token of the tokenizer [code: "
                          "<|vision_start|> for Qwen, <|reserved_special_token_0|> for Llama-3]")
-    wrong_token: str = arg("", "z_i, --verify_loss bce only; default: the id after z_c [code]")
     c_ref: float = arg(0.0, "mean log pi_ref(z_c|x,y), 0 = measured at the start [paper*]; "
                             "[code: -23 for Qwen2.5, -25 for OctoThinker]")
     reference: Literal["constant", "exact"] = arg(
         "constant", "log pi_ref(z_c|x,y): c_ref, or of each solution by a reference forward")
     balance: bool = arg(True, "re-weight the two classes [Eq. 14, code: true]")
     verify_loss: Literal["mse", "bce"] = arg("mse", "Eq. 14, or Eq. 16 (ablation)")
-    read: Literal["after_eos", "before_eos"] = arg(
-        "after_eos", "z_c in the distribution after EOS, or in the one that EOS is drawn from")
-    kl_beta: float = arg(0.0, "beta of a k3 KL term in Eq. 13 [code: 0]")
-    score: str = arg("", "evaluate the finished run in this folder, without training")
     # Other values than in the other scripts.
     steps: int = arg(600, "rollout steps [ours: room for both warm-ups]")
     warmup_steps: int = arg(0, "linear warm-up of the learning rate, in steps [code: none]")
@@ -152,17 +119,15 @@ class Config(common.Config):
                                "[code: 2 to 32, by data set]")
 
 
-METHODS = {"laser": dict(alpha=0.1, tau=0.1),   # [code]
-           "grpo": dict(alpha=0.0, tau=0.0)}
+METHODS = {"laser": {}, "grpo": dict(alpha=0.0, tau=0.0)}
 # The tiny model's own values, used where no flag was given.
 TINY = dict(dataset="tiny", device="cpu", steps=300, prompts=32, group=8, max_new_tokens=64,
-            lr=1e-4, eval_size=0, save_every=50, reasoning_warmup_steps=20,
-            self_rewarding_warmup_steps=60, token="<|pad|>", wrong_token="~",
+            lr=1e-4, micro_tokens=1024, eval_size=0, save_every=50, reasoning_warmup_steps=20,
+            self_rewarding_warmup_steps=60, token="<|pad|>",
             laser=dict(alpha=1.0))  # it has few steps to learn to verify
 TOKENS = ("<|vision_start|>", "<|reserved_special_token_0|>")  # z_c: Qwen's, Llama-3's [code]
 CLIP, DUAL_CLIP = 0.2, 3.0  # [verl's defaults, which the code keeps]
 PAIRS = 256   # own solutions that c_ref is measured on [ours; 2nd: 300]
-TIMING = 10  # seconds that --score spends on measuring its cost, at least two rounds
 OFFSET = 0.05  # largest beta_v log Z: a tenth of the way from a target to the threshold [ours]
 
 METRICS = {
@@ -173,8 +138,6 @@ METRICS = {
     "verify/score_wrong": "mean r_s of those with r_v = 0; target 0",
     "verify/f1": "harmonic mean of the two classes' accuracies at r_s > 0.5, on the batch",
     "verify/mixed": "share of groups whose advantage has A_s in it: std of scores above T",
-    "policy/kl": "k3 KL to the reference policy per token; only with --kl_beta",
-    "loss/total": "policy loss + alpha verify/loss; the first follows the lengths, see the FAQ",
     "optim/grad_norm": "before clipping",
     "eval/*": "on held-out problems: accuracy (greedy), accuracy/level<n>, mean@k, pass@k, maj@k, "
               "weighted_maj@k, best_of@k, verify_f1, verify_correct, verify_wrong, auroc, "
@@ -193,19 +156,10 @@ def parse(argv):
     cfg = parse_config(Config, "laser", __doc__, TINY, METHODS, argv)
     if cfg.group < 2:
         fail(f"--group {cfg.group}: an advantage compares solutions, so a group needs at least 2")
-    if cfg.eval_samples < 1:
-        fail("--eval_samples 0: the score is evaluated on sampled solutions, so at least 1")
-    if not (0 <= cfg.alpha < math.inf and 0 <= cfg.tau <= 1 and 0 <= cfg.kl_beta < math.inf):
-        fail("--alpha and --kl_beta must be numbers from 0 on, --tau must be in [0, 1]")
-    if not (0 < cfg.beta_v < math.inf and cfg.std_threshold >= 0):
-        fail("--beta_v must be positive, --std_threshold not negative (A_s is divided by the std)")
-    if cfg.reasoning_warmup_steps < 0 or cfg.self_rewarding_warmup_steps < 0:
-        fail("--reasoning_warmup_steps and --self_rewarding_warmup_steps must not be negative")
+    if cfg.tau > 1:
+        fail(f"--tau {cfg.tau}: is a share, so 0 to 1")
     if not -math.inf < cfg.c_ref <= 0:
         fail(f"--c_ref {cfg.c_ref}: is a log-probability, so negative")
-    if cfg.verify_loss == "bce" and cfg.read == "before_eos":
-        fail("--verify_loss bce teaches z_c the whole probability of the position that it is read "
-             "at; with --read before_eos none would be left for EOS: use --read after_eos")
     return cfg
 
 
@@ -234,34 +188,26 @@ def reward(right, text, prompt):
 
 
 def verification_tokens(tok, model, problems, cfg):
-    """-> ids of z_c and, for bce, z_i; names them in cfg. Each must be one token of the model that
-    ends no response and is in no prompt."""
+    """-> ids of z_c and, for bce, of z_i, the next one that is fit for it [code: the next]; names
+    z_c in cfg. Each must be a token of the model that ends no response and is in no prompt."""
     vocab, used = tok.get_vocab(), {i for p in problems for i in p.prompt}
     rows = causal_lm(model).get_output_embeddings().weight.shape[0]
     taken = {*stop_ids(model, tok), *used}
     free = [t for t, i in tok.get_added_vocab().items() if i not in taken and i < rows]
     perhaps = f"an unused one, such as {', '.join(free[:8])}" if free else "an unused one"
-
-    def token_id(flag, name):
-        """The id of a token that is fit for it; or an error that names others."""
-        if name not in vocab or vocab[name] >= rows:
-            fail(f"{flag} {name}: {cfg.model} has no such token; give {perhaps}")
-        if vocab[name] in taken:
-            what = "is in the prompts" if vocab[name] in used else "ends a response"
-            fail(f"{flag} {name}: {what}; give {perhaps}")
-        return vocab[name]
-
     cfg.token = cfg.token or next((t for t in TOKENS if t in vocab), "")
     if not cfg.token:
         fail(f"--model {cfg.model}: its tokenizer has none of {', '.join(TOKENS)}; give --token, "
              f"{perhaps}")
-    z = [token_id("--token", cfg.token)]
-    if cfg.verify_loss == "bce":
-        cfg.wrong_token = cfg.wrong_token or tok.convert_ids_to_tokens(z[0] + 1) or ""
-        if cfg.wrong_token == cfg.token:
-            fail(f"--wrong_token {cfg.wrong_token}: is --token already")
-        z.append(token_id("--wrong_token", cfg.wrong_token))
-    return z
+    z_c = vocab.get(cfg.token, rows)
+    if z_c >= rows:
+        fail(f"--token {cfg.token}: {cfg.model} has no such token; give {perhaps}")
+    if z_c in taken:
+        what = "is in the prompts" if z_c in used else "ends a response"
+        fail(f"--token {cfg.token}: {what}; give {perhaps}")
+    if cfg.verify_loss == "mse":
+        return [z_c]
+    return [z_c, next(i for i in (*range(z_c + 1, rows), *range(z_c)) if i not in taken)]
 
 
 def calibrate(policy, tok, problems, z, cfg):
@@ -302,9 +248,8 @@ def calibrate(policy, tok, problems, z, cfg):
 def batch_last_token_logps(model, samples, z, cfg):
     """`last_token_logps` of any number of samples, without gradient. -> (N, len(z))"""
     out = torch.zeros(len(samples), len(z), device=cfg.device)
-    for rows in micro_batches(samples, cfg.micro_tokens):
-        ids, mask = collate([samples[i] for i in rows], cfg.device)
-        out[rows] = last_token_logps(model, hidden_states(model, ids), mask, z, cfg.read)
+    for rows, ids, mask in micro_batches(samples, cfg):
+        out[rows] = last_token_logps(model, hidden_states(model, ids), mask, z)
     return out
 
 
@@ -330,17 +275,17 @@ def group_advantages(rewards, ddof=1, eps=1e-6):
     return centred / (variance.sqrt() + eps)
 
 
-def last_token_logps(model, hidden, mask, z, read):
-    """log pi(z|x,y) of each token of z, after (or before) the last response token. (D1, D2)
+def last_token_logps(model, hidden, mask, z):
+    """log pi(z|x,y) of each token of z, after the last response token. (D1, D2)
 
     hidden (n, L, H), mask (n, L) -> (n, len(z)) in float32. For a finished response that last token
     is EOS, whose logits predict the first position after the response.
     """
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)                                # (n,)
-    last = last - 1 if read == "before_eos" else last
     row = torch.arange(len(mask), device=mask.device)
-    logits = causal_lm(model).get_output_embeddings()(hidden[row, last]).float()     # (n, V)
-    return torch.log_softmax(logits, -1)[:, z]
+    with autocast(model):
+        logits = causal_lm(model).get_output_embeddings()(hidden[row, last])         # (n, V)
+    return torch.log_softmax(logits.float(), -1)[:, z]
 
 
 def verification_score(logp_z, c, cfg):
@@ -405,27 +350,20 @@ def verification_loss(logp_z, r, weight, c, n, cfg):
     return (weight * (verification_score(logp_z, c, cfg) - r).square()).sum() / n
 
 
-def k3_kl(logp, ref_logp):
-    """The k3 estimator, pi_ref/pi - log(pi_ref/pi) - 1 >= 0, per sampled token. (n, L) -> (n, L)"""
-    return (ref_logp - logp).exp() - (ref_logp - logp) - 1
-
-
-def policy_loss(logp, old_logp, ref_logp, A, mask, cfg, n_tok):
+def policy_loss(logp, old_logp, A, mask, n_tok):
     """The negated PPO-clip objective of GRPO, a mean over all tokens; only `logp` has gradient.
 
         J = 1/n_tok sum_i sum_t  min(w A, clip(w, 1 - .2, 1 + .2) A),  w = pi(y_it) / pi_old(y_it)
         and not below 3 A where A < 0 (dual clip)              [code: verl compute_policy_loss]
 
-    logp, old_logp, ref_logp (None without KL), mask: (n, L); A: (n,). n_tok counts the response
-    tokens of the whole batch, of which these n rows may be a part (D7). Returns the loss, a scalar,
-    and the mean KL per row, (n,).
+    logp, old_logp, mask: (n, L); A: (n,). n_tok counts the response tokens of the whole batch, of
+    which these n rows may be a part (D7). Returns the loss, a scalar.
     """
     w = ((logp - old_logp) * mask).clamp(-20, 20).exp()                              # (n, L)
     A = A[:, None]                                                                   # (n, 1)
     J = torch.minimum(w * A, w.clamp(1 - CLIP, 1 + CLIP) * A)
     J = torch.where(A < 0, torch.maximum(J, DUAL_CLIP * A), J)
-    kl = k3_kl(logp, ref_logp) * mask if cfg.kl_beta else torch.zeros_like(mask)
-    return -((J - cfg.kl_beta * kl) * mask).sum() / n_tok, kl.detach().sum(1) / mask.sum(1)
+    return -(J * mask).sum() / n_tok
 
 
 # --------------------------------------------------------------------------------- 4. evaluation
@@ -494,12 +432,8 @@ def self_verification(drawn, right, score, levels, k):
 
 def draw_scores(path, score, right):
     """The picture: reliability curve, and the histograms of the score of both classes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (curve, histogram) = plt.subplots(1, 2, figsize=(8.8, 3.6))
+    fig = Figure(figsize=(8.8, 3.6), layout="tight")
+    curve, histogram = fig.subplots(1, 2)
     bins = calibration_bins(score, right)
     curve.plot([0, 1], [0, 1], color="0.7", lw=1)
     curve.plot(*zip(*[(s, a) for s, a, _ in bins]), marker="o")
@@ -517,59 +451,23 @@ def draw_scores(path, score, right):
     histogram.legend(fontsize=8)
     for ax in (curve, histogram):
         ax.grid(alpha=0.3)
-    fig.tight_layout()
-    save_figure(fig, path)
+    fig.savefig(path, dpi=110)
 
 
 def evaluate(policy, reference, tok, problems, z, cfg, folder):
-    """Greedy accuracy, then k solutions per problem, each scored for one more forward token.
+    """Greedy accuracy, then k solutions per problem, each scored by one more forward pass.
 
     -> the numbers; draws folder/score.png
     """
     k = cfg.eval_samples
-    drawn, right = sample_solutions(policy, tok, problems, cfg, correct, read=z[0])
-    read = torch.tensor([s.read or (0.0, 0.0) for s in drawn], device=cfg.device)     # (B*k, 2)
-    logp_z = read[:, 1:] if cfg.read == "after_eos" else read[:, :1]
+    result, drawn, right = common.evaluate(policy, tok, problems, cfg, correct)
+    logp_z = batch_last_token_logps(policy, drawn, z, cfg)                           # (B*k, 1)
     score = verification_score(logp_z, reference_logp_z(policy, reference, drawn, z, cfg), cfg)
     finished = torch.tensor([s.finished for s in drawn])
     score = torch.where(finished, score.cpu(), 0.0).double()
-    draw_scores(Path(folder) / "score.png", score, torch.tensor(right))
+    draw_scores(folder / "score.png", score, torch.tensor(right))
     levels = [p.level for p in problems for _ in range(k)]
-    return (greedy_accuracy(policy, tok, problems, cfg, correct) | at_k(drawn, right, k)
-            | self_verification(drawn, right, score, levels, k))
-
-
-def score_run(cfg):
-    """--score: the evaluation of a finished run, and what reading the score costs."""
-    if not (Path(cfg.score) / "model").is_dir():
-        fail(f"--score {cfg.score}: no model/ in it; finish the run with --resume {cfg.score}")
-    policy, tok, train, held_out, _ = set_up(replace(cfg, lora=False), f"{cfg.score}/model")
-    reference = load_model(cfg.model, cfg)[0] if cfg.reference == "exact" else None
-    z = verification_tokens(tok, policy, train + held_out, cfg)
-    causal_lm(policy).generation_config.suppress_tokens = z
-    print(f"laser: scoring {cfg.score}: {cfg.eval_samples} solutions to each of {len(held_out)} "
-          f"held-out problems of {cfg.eval_dataset or cfg.dataset}, token {cfg.token}, c_ref "
-          f"{cfg.c_ref:.3f}")
-    result = evaluate(policy, reference, tok, held_out, z, cfg, cfg.score)
-    prompts, seconds = [p.prompt for p in held_out[:256]], {None: [], z[0]: []}
-    started = time.perf_counter()
-    while len(seconds[None]) < 2 or time.perf_counter() - started < TIMING:
-        for token in seconds:  # in turns; greedy, so that both do the same work
-            start = time.perf_counter()
-            found = sample(policy, tok, prompts, 1, cfg.max_new_tokens, 0, read=token)
-            seconds[token].append(time.perf_counter() - start)
-    plain, read = map(min, seconds.values())
-    tokens = sum(len(s.tokens) for s in found)
-    print(f"\n{'held-out':<18}{'value':>8}")
-    for name, value in result.items():
-        print(f"{name:<18}{value:>8.3f}")
-    result["cost"] = {"solutions": len(prompts), "tokens": tokens, "generation_s": plain,
-                      "with_score_s": read}
-    with writing(cfg.score):
-        (Path(cfg.score) / "score.json").write_text(json.dumps(result, indent=2))
-    print(f"\ncost: generating {len(prompts)} solutions takes {plain:.3f} s, with the score "
-          f"{read:.3f} s ({read / plain - 1:+.1%}; {tokens} tokens and one more for each solution, "
-          f"{len(prompts) / tokens:+.1%}); score.png and score.json are in {cfg.score}/")
+    return result | self_verification(drawn, right, score, levels, k)
 
 
 # ---------------------------------------------------------------------------------- 5. the loop
@@ -583,33 +481,31 @@ def phases(step, cfg):
     return loss_on, mixing_on
 
 
+@one_line
 def main(argv=None):
     cfg = parse(argv)
-    if cfg.score:
-        return score_run(cfg)
     run = Run(cfg, "laser", METRICS, CURVES)
     policy, tok, train, held_out, _ = set_up(cfg)
     z = verification_tokens(tok, policy, train + held_out, cfg)
     causal_lm(policy).generation_config.suppress_tokens = z                              # D11
-    reference = frozen_reference(policy) if cfg.reference == "exact" or cfg.kl_beta else None
+    reference = frozen_reference(policy) if cfg.reference == "exact" else None
 
     # 0. c_ref of the initial policy; it never moves again
     calibrate(policy, tok, train, z, cfg)
     if cfg.alpha and not phases(cfg.steps, cfg)[0]:
         print(f"note: plain GRPO throughout, --steps {cfg.steps} does not exceed "
               f"--reasoning_warmup_steps {cfg.reasoning_warmup_steps}")
-    opt = MasterAdamW(policy, lr=cfg.lr)
+    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
 
     def test():
         return evaluate(policy, reference, tok, held_out, z, cfg, run.folder)
 
     state = run.start(policy, opt, test)
-    for step in run.steps(state):
+    for step in run.steps(cfg.steps):
         loss_on, mixing_on = phases(step, cfg)
 
         # 1-2. sample, verify
-        problems = list(islice(problem_stream(train, state["position"], cfg.seed), cfg.prompts))
-        state["position"] += cfg.prompts
+        problems = take(train, cfg.prompts, state, cfg.seed)
         batch = sample(policy, tok, [p.prompt for p in problems], cfg.group, cfg.max_new_tokens,
                        cfg.temperature)                                                  # N Samples
         prompts = tok.batch_decode([p.prompt for p in problems])
@@ -617,6 +513,8 @@ def main(argv=None):
         r = torch.tensor([reward(x, s.text, prompts[i // cfg.group])
                           for i, (x, s) in enumerate(zip(right, batch))], device=cfg.device)  # (N,)
         finished = torch.tensor([s.finished for s in batch], device=cfg.device)
+        run.add(sampling_statistics(batch, right, cfg.group, state))
+        run.add({"reward/mean": r})
 
         # 3-4. advantages; mixed with those of the old policy's scores after both warm-ups
         A = group_advantages(r.view(-1, cfg.group))                                      # (B, G)
@@ -626,6 +524,7 @@ def main(argv=None):
             old_score = verification_score(batch_last_token_logps(policy, batch, z, cfg), c, cfg)
             A, mixed = mixed_advantages(A, old_score.view_as(A), finished.view_as(A), cfg.tau,
                                         cfg.std_threshold)
+            run.add({"verify/mixed": mixed})
         A = A.flatten()
 
         # 5. class weights and counts of the whole batch
@@ -633,64 +532,33 @@ def main(argv=None):
         n_finished, n_tok = max(1, int(finished.sum())), sum(len(s.tokens) for s in batch)
 
         # 6. one optimizer step; a row with neither advantage nor weight needs no forward
-        loss_total, verify_total, seen = 0.0, 0.0, []
-        active = ((A != 0) | (weight != 0) | (cfg.kl_beta > 0)).nonzero().flatten().tolist()
-        for micro in micro_batches([batch[i] for i in active], cfg.micro_tokens):
-            rows = [active[j] for j in micro]
-            ids, mask = collate([batch[i] for i in rows], cfg.device)                    # (n, L)
+        verify_total, score = 0.0, torch.zeros_like(r)
+        active = ((A != 0) | (weight != 0)).nonzero().flatten().tolist()
+        for rows, ids, mask in micro_batches(batch, cfg, active):                        # (n, L)
             hidden = hidden_states(policy, ids)                                          # (n, L, H)
             logp, _ = response_logps(policy, ids, mask, cfg.temperature, hidden=hidden)
-            ref_logp = (reference_logps(policy, reference, ids, mask, cfg.temperature)
-                        if cfg.kl_beta else None)
-            loss, kl = policy_loss(logp, logp.detach(), ref_logp, A[rows], mask, cfg, n_tok)
-            score = [None] * len(rows)
+            loss = policy_loss(logp, logp.detach(), A[rows], mask, n_tok)
             if loss_on:
-                logp_z = last_token_logps(policy, hidden, mask, z, cfg.read)             # (n, 1)
+                logp_z = last_token_logps(policy, hidden, mask, z)                       # (n, 1)
                 verify = verification_loss(logp_z, r[rows], weight[rows], c[rows], n_finished, cfg)
                 loss = loss + cfg.alpha * verify
                 verify_total += verify.item()
-                score = verification_score(logp_z, c[rows], cfg).tolist()
+                score[rows] = verification_score(logp_z, c[rows], cfg).detach()
             loss.backward()
-            loss_total += loss.item()
-            seen += zip(rows, logp.tolist(), kl.tolist(), score)
-        norm = update(opt, cfg, step, loss_total)
-
-        state["tokens"] += n_tok
-        values = sampling_statistics(batch, right, cfg.group, state["tokens"]) | {
-            "reward/mean": r.mean().item(), "loss/total": loss_total, "optim/grad_norm": norm}
+            run.add({"policy/mismatch": mismatch(logp, mask, [batch[i] for i in rows])})
+        run.add({"optim/grad_norm": update(opt, cfg, step)})
         if loss_on:
-            values["verify/loss"] = verify_total
-        if mixing_on:
-            values["verify/mixed"] = mixed.float().mean().item()
-        values |= row_statistics(batch, r.tolist(), seen, cfg)
-        scores = {i: score for i, _, _, score in seen}
-        examples = [{"prompt": problems[i // cfg.group].question, "response": batch[i].text,
-                     "reward": r[i].item(), "score": scores.get(i)}
-                    for i in range(0, len(batch), cfg.group)][:4]
-        run.end_step(state, values, examples, policy, opt, test)
-    run.finish(state, policy, tok, test)
+            scored, right = score[weight > 0], r[weight > 0] == 1
+            run.add({"verify/loss": verify_total, "verify/score_correct": scored[right],
+                     "verify/score_wrong": scored[~right]})
+            if right.any() and not right.all():
+                run.add({"verify/f1": verify_f1(scored, right)[0]})
 
-
-def row_statistics(batch, r, seen, cfg):
-    """What a step's METRICS say about the rows that were trained on.
-
-    `seen` holds per trained row: index, log-probs (L), mean KL, score (None in plain GRPO).
-    """
-    values = {}
-    if seen:
-        values["policy/mismatch"] = max(abs(a - b) for i, logp, _, _ in seen for a, b in
-                                        zip(response_part(batch[i], logp), batch[i].logps))
-        if cfg.kl_beta:
-            values["policy/kl"] = statistics.fmean(kl for _, _, kl, _ in seen)
-    scored = [(score, r[i] == 1) for i, _, _, score in seen
-              if score is not None and batch[i].finished]
-    for name, which in (("correct", True), ("wrong", False)):
-        if any(x == which for _, x in scored):
-            values[f"verify/score_{name}"] = statistics.fmean(s for s, x in scored if x == which)
-    if "verify/score_correct" in values and "verify/score_wrong" in values:
-        score, right = (torch.tensor(x) for x in zip(*scored))
-        values["verify/f1"] = verify_f1(score, right)[0]
-    return values
+        run.end_step(policy, opt, test, [
+            {"prompt": problems[i // cfg.group].question, "response": batch[i].text,
+             "reward": r[i].item(), "score": score[i].item() if loss_on else None}
+            for i in range(0, len(batch), cfg.group)][:4])
+    run.finish(policy, tok, test)
 
 
 if __name__ == "__main__":

@@ -77,9 +77,9 @@ import math
 import random
 import re
 import statistics
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -88,38 +88,11 @@ from tqdm import tqdm
 
 import common
 from common import (
-    TINY_HINT,
-    MasterAdamW,
-    Problem,
-    Run,
-    Sample,
-    arg,
-    as_samples,
-    batch_logps,
-    causal_lm,
-    collate,
-    encode_prompts,
-    encode_questions,
-    fail,
-    generator_of,
-    hidden_states,
-    keep_sft,
-    load_model,
-    micro_batches,
-    parse_config,
-    problem_stream,
-    read_rows,
-    resolve_model,
-    response_logps,
-    sample,
-    seed_everything,
-    sft_step,
-    stage,
-    tiny_path,
-    tiny_rows,
-    trained,
-    trained_prompt,
-    update,
+    Problem, Run, Sample, arg, as_samples, batch_logps, causal_lm, context_of, encode_prompts,
+    encode_questions, fail, generator_of, hidden_states, load_model, micro_batches, one_line,
+    parse_config, problem_stream, product, read_json, read_rows, resolve_model, response_logps,
+    sample, save_model, seed_everything, sft_step, text_columns, trained, trained_prompt, update,
+    write_rows,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -130,6 +103,7 @@ class Config(common.Config):
     tiny_files = dict(model="forms/M_0", base="forms/base", words="forms/words.json",
                       ift="forms/ift.jsonl", eft="forms/eft.jsonl",
                       train="forms/prompts.jsonl", test="forms/test.jsonl")  # train: the prompts
+    positive = (*common.Config.positive, "batch", "eval_samples", "beta", "sft_lr")
 
     method: Literal["tsr", "sr", "past_only", "future_only", "spin", "rs_sft"] = arg(
         "tsr", "the paper's, or a baseline")
@@ -147,15 +121,13 @@ class Config(common.Config):
                               "base that belongs to it [App. D: 3 epochs of 6,871 rows]")
     sft_lr: float = arg(2e-6, "its learning rate [App. D: 2e-6]")
     ift_size: int = arg(5000, "rows of --dataset for SFT; the others are prompts [Data: 5,000]")
-    # iterations; left out, those with None follow --method
-    steps: int | None = arg(None, "iterations [Data: 2 for tsr, 4 for the baselines]")
+    # iterations
+    steps: int = arg(2, "iterations [Data: 2 for tsr, 4 for the baselines]")
     prompts: int = arg(4000, "Q, prompts per iteration [Data: 20,000 / 5]")
     group: int = arg(7, "K, answers per prompt and model [Methodology: 7]")
-    past: bool | None = arg(None, "look for the rejected answer among M_0's, too")
-    future: bool | None = arg(None, "look for the chosen answer among M_f's, too")
-    strict_anchor: bool = arg(False, "the rejected answer is always M_0's worst (D1)")
+    past: bool = arg(True, "look for the rejected answer among M_0's, too")
+    future: bool = arg(True, "look for the chosen answer among M_f's, too")
     judge: str = arg("self", "self, or a frozen model, named like --model [as in Tab. 5]")
-    judge_samples: int = arg(1, "judgements per answer, averaged [ours; SRLM: 3]")
     judge_temperature: float = arg(1.0, "of judging [App. C: 1.0]")
     # DPO
     beta: float = arg(0.1, "of DPO [App. D: 0.1]")
@@ -163,26 +135,27 @@ class Config(common.Config):
     # Other values than in the other scripts.
     max_new_tokens: int = arg(1024, "longest answer or judgement, in tokens [App. C: 1024]")
     temperature: float = arg(1.0, "of sampling answers [App. C: 1.0]; log-probabilities have 1")
-    lr: float | None = arg(None, "learning rate [App. D: 5e-7 for DPO]")
+    lr: float = arg(5e-7, "learning rate [App. D: 5e-7 for DPO, 2e-6 for SFT]")
     warmup_steps: int = arg(0, "linear warm-up in each SFT or DPO run, cosine to 0 after it; 0 = a "
                                "tenth of the run, of ten steps or more [App. D: 10%]")
     eval_samples: int = arg(1, "k: answers per held-out prompt [ours]")
     eval_every: int = arg(1, "evaluate every so many iterations, 0 = only before and after")
-    save_every: int = arg(1, "checkpoint after each part of every so many iterations, 0 = only at "
-                             "the end")
+    save_every: int = arg(1, "checkpoint every so many iterations, 0 = only at the end")
 
 
-METHODS = {"tsr": dict(past=True, future=True, steps=2, lr=5e-7),                       # [App. D]
-           "sr": dict(past=False, future=False, steps=4, lr=5e-7),
-           "past_only": dict(past=True, future=False, steps=4, lr=5e-7),
-           "future_only": dict(past=False, future=True, steps=2, lr=5e-7),
-           "spin": dict(past=False, future=False, steps=4, lr=5e-7),
-           "rs_sft": dict(past=False, future=False, steps=4, lr=2e-6)}
+METHODS = {  # what differs from the defaults above
+    "tsr": {},
+    "sr": dict(past=False, future=False, steps=4),
+    "past_only": dict(future=False, steps=4),
+    "future_only": dict(past=False),
+    "spin": dict(past=False, future=False, steps=4),
+    "rs_sft": dict(past=False, future=False, steps=4, lr=2e-6),
+}
 # The tiny model's own values, used where no flag was given.
 TINY = dict(dataset="tiny", device="cpu", sft_steps=0, sft_lr=3e-3, prompts=800, batch=64,
-            lr=1.5e-4, max_new_tokens=40, eval_size=300, eval_samples=4, rs_sft=dict(lr=1e-3))
+            lr=1.5e-4, max_new_tokens=40, micro_tokens=1024, eval_size=300, eval_samples=4,
+            rs_sft=dict(lr=1e-3))
 MAX_PROMPT = 512           # tokens [App. D]
-PIECE = 1000               # prompts that are answered and judged between two checkpoints [ours]
 POOL, EFT_ITEMS = 25_000, 2000  # rows of the merged pool, UltraFeedback items for EFT [Data]
 
 METRICS = {
@@ -229,8 +202,6 @@ def parse(argv):
     cfg = parse_config(Config, "temporal_sr", __doc__, TINY, METHODS, argv)
     if (cfg.past or cfg.future) and cfg.method in ("spin", "rs_sft"):
         fail(f"--past and --future: {cfg.method} knows neither")
-    if cfg.strict_anchor and not cfg.past:
-        fail("--strict_anchor takes every rejected answer from M_0: it needs --past")
     if cfg.method == "sr" and cfg.group < 2 and not cfg.past and not cfg.future:
         fail(f"--group {cfg.group}: best and worst of one answer are the same, so at least 2")
     if cfg.method == "spin" and cfg.judge != "self":
@@ -242,15 +213,6 @@ def parse(argv):
         fail("--eft_dataset: teaches judging by SFT, and --sft_steps 0 has none")
     if {cfg.eval_dataset, cfg.eft_dataset} & {"tiny", "ultrafeedback"}:
         fail("--eval_dataset and --eft_dataset: give a file or a Hub id")
-    for name in ("judge_samples", "batch", "eval_samples"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    for name in ("beta", "sft_lr"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            fail(f"--{name} {getattr(cfg, name)}: must be a positive number")
-    for name in ("judge_temperature", "sft_steps", "ift_size"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            fail(f"--{name} {getattr(cfg, name)}: must be a number from 0 on")
     if cfg.judge != "self":
         resolve_model(cfg.judge, cfg, "--judge")
     return cfg
@@ -266,11 +228,11 @@ SLOTS = 5
 @functools.cache
 def form_words():
     """-> {category: its words}"""
-    path = tiny_path(Config, "words", "--dataset")
+    path = common.TINY_FOLDER / Config.tiny_files["words"]
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        fail(f"--dataset tiny: {path} cannot be read ({e}); {TINY_HINT}")
+        fail(f"--dataset tiny: {path} cannot be read ({e})")
 
 
 def is_form(question):
@@ -292,26 +254,15 @@ def form_grade(question, answer):
 
 
 # Data of real models (D9).
-BUILT_IN = ("tiny", "ultrafeedback")
 COLUMNS = {"prompt": ("prompt", "instruction", "question"),
            "response": ("response", "output", "completion", "answer"),
            "judgement": ("judgement", "judgment")}
 
 
 def columns(rows, what, names):
-    """The texts of the columns `names`, known under the names in COLUMNS; "" where a row has none.
-    -> a list of tuples. Ends the program if a column is missing or holds something else."""
-    have = {c.lower(): c for c in rows[0]}
-    found = {k: next((have[c] for c in COLUMNS[k] if c in have), None) for k in names}
-    for name, column in found.items():
-        if column is None:
-            fail(f"{what}: no {name} column; it needs one of {COLUMNS[name]}, but has "
-                 f"{tuple(rows[0])[:20]}")
-    texts = [tuple("" if row.get(c) is None else row[c] for c in found.values()) for row in rows]
-    for number, row in enumerate(texts, 1):
-        if not all(isinstance(text, str) for text in row):
-            fail(f"{what}: row {number} has something else than text in {tuple(found.values())}")
-    return texts
+    """The texts of the columns `names`, known under the names in COLUMNS -> a list of tuples"""
+    rows = text_columns(rows, what, {name: COLUMNS[name] for name in names})
+    return [tuple(row.values()) for row in rows]
 
 
 def first_answers(rows):
@@ -349,14 +300,14 @@ def eft_rows(items):
     return found
 
 
-def hub_data():
+def hub_data(cfg):
     """-> the pool [(prompt, response)] and EFT of [Data Prep.], from the Hub."""
-    feedback = read_rows("openbmb/UltraFeedback", "train", "--dataset")
+    feedback = read_rows(cfg, "openbmb/UltraFeedback", "train", "--dataset")
     feedback = [r for r in feedback if r["completions"]]
     chosen = judged_items(feedback)
     rest = sorted(set(range(len(feedback))) - set(chosen))
     pool = [pair for name in ("oasst1", "oasst2") for pair in first_answers(
-        read_rows(f"OpenAssistant/{name}", "train", "--dataset"))]
+        read_rows(cfg, f"OpenAssistant/{name}", "train", "--dataset"))]
     pool = list(dict(pool).items())  # the two share prompts
     return ((pool + top_scored([feedback[i] for i in rest]))[:POOL],
             eft_rows([feedback[i] for i in chosen]))
@@ -367,7 +318,7 @@ def tiny_data(cfg):
     prompts and the held-out prompts are different ones."""
     def rows(part, *names):
         """These columns of one of the files."""
-        return columns(*tiny_rows(cfg, part, "--dataset"), names)
+        return columns(read_rows(cfg, "tiny", part, "--dataset"), "--dataset tiny", names)
 
     pair = "prompt", "response"
     ift, eft = (rows("ift", *pair), rows("eft", *COLUMNS)) if cfg.sft_steps else ([], [])
@@ -384,15 +335,15 @@ def load_data(cfg):
     eft, what = [], f"--dataset {cfg.dataset}"
     if cfg.dataset == "ultrafeedback":
         try:
-            pool, eft = hub_data()
+            pool, eft = hub_data(cfg)
         except (KeyError, TypeError, AttributeError, statistics.StatisticsError) as e:
             fail(f"{what}: rows of OpenAssistant or UltraFeedback are not as they were ({e!r})")
     else:
         needed = ("prompt", "response") if cfg.sft_steps or cfg.method == "spin" else ("prompt",)
-        pool = columns(read_rows(cfg.dataset, "train", "--dataset", BUILT_IN), what, needed)
+        pool = columns(read_rows(cfg, cfg.dataset, "train", "--dataset"), what, needed)
     if cfg.eft_dataset:
         what_eft = f"--eft_dataset {cfg.eft_dataset}"
-        rows = columns(read_rows(cfg.eft_dataset, "train", "--eft_dataset", ()), what_eft, COLUMNS)
+        rows = columns(read_rows(cfg, cfg.eft_dataset, "train", "--eft_dataset"), what_eft, COLUMNS)
         eft = [row for row in rows if not math.isnan(parse_score(row[2]))]
         print(f"{what_eft}: {len(eft)} of {len(rows)} judgements have a line `Score: n`, n in 0..5")
         if not eft:
@@ -401,7 +352,7 @@ def load_data(cfg):
     pool = [Problem(q, "", a) for q, a in pool.items()]
     random.Random(0).shuffle(pool)  # not cfg.seed: every seed holds out the same rows
     if cfg.eval_dataset:
-        rows = columns(read_rows(cfg.eval_dataset, "test", "--eval_dataset", ()),
+        rows = columns(read_rows(cfg, cfg.eval_dataset, "test", "--eval_dataset"),
                        f"--eval_dataset {cfg.eval_dataset}", ("prompt",))
         held_out = [Problem(q, "") for q in dict.fromkeys(q.strip() for q, in rows) if q]
     else:
@@ -415,9 +366,10 @@ def load_data(cfg):
 
 
 # The judge.
-JUDGE_SYSTEM = ("You are a precise and helpful evaluator of an assistant's answers. Your "
-                "feedback is objective, constructive, detailed and concise.")           # [Fig. 4]
-JUDGE = """Review the user's question and the response to it with an additive scale of five \
+JUDGE = """You are a precise and helpful evaluator of an assistant's answers. Your feedback is \
+objective, constructive, detailed and concise.
+
+Review the user's question and the response to it with an additive scale of five \
 points. Add a point for every criterion that is met:
 - the response is relevant and gives some information on what was asked, even if incomplete;
 - it covers a substantial portion of the question, without resolving it completely;
@@ -464,8 +416,7 @@ def judge_prompts(model, tok, pairs):
         texts = {"{question}": quoted(question), "{response}": quoted(response)}
         return re.sub("|".join(map(re.escape, texts)), lambda m: texts[m[0]], prompt)
 
-    system = JUDGE_SYSTEM if prompt == JUDGE else ""
-    return encode_questions(tok, [filled(*pair) for pair in pairs], system)
+    return encode_questions(tok, [filled(*pair) for pair in pairs])
 
 
 def parse_score(text):
@@ -482,10 +433,9 @@ class Candidate:
 
     sample: Sample
     source: str  # past, present, future: M_0, M_i, M_f; or data
-    score: float = math.nan  # the mean of the valid ones
-    judgement: str = ""  # the first
-    invalid: int = 0  # judgements without a valid score
-    spent: int = 0  # tokens of all judgements
+    score: float = math.nan  # nan without a valid one
+    judgement: str = ""
+    spent: int = 0  # tokens of the judgement
 
 
 # -------------------------------------------------------------------------- 3. the paper's maths
@@ -505,11 +455,9 @@ def worst(pool, rng):
     return rng.choice([c for c in valid if c.score == low]) if valid else None
 
 
-def anchored_rejection(worst_i, worst_0, strict=False):
-    """Rejected: M_0's worst answer where min(s_0) < min(s_i), else M_i's [Alg. 1]; with `strict`
-    always M_0's. None is no answer with a score."""
-    if strict:
-        return worst_0
+def anchored_rejection(worst_i, worst_0):
+    """Rejected: M_0's worst answer where min(s_0) < min(s_i), else M_i's [Alg. 1]. None is no answer
+    with a score."""
     return worst_0 if worst_0 and worst_i and worst_0.score < worst_i.score else worst_i
 
 
@@ -575,8 +523,7 @@ def similarities(policy, pairs, cfg):
     """cos(mean-pooled chosen, rejected) of every pair, under the weights in `policy` (D11)."""
     pooled = torch.zeros(2 * len(pairs), causal_lm(policy).config.hidden_size)
     samples = [c.sample for pair in pairs for c in pair]
-    for rows in micro_batches(samples, cfg.micro_tokens):
-        ids, mask = collate([samples[i] for i in rows], cfg.device)
+    for rows, ids, mask in micro_batches(samples, cfg):
         pooled[rows] = mean_pool(hidden_states(policy, ids), mask).cpu()
     return F.cosine_similarity(pooled[::2], pooled[1::2])
 
@@ -596,8 +543,8 @@ class Grader:
         """[(question, response)] -> grades, a tensor; nan where a judge gives none"""
         if all(is_form(question) for question, _ in pairs):
             return torch.tensor([form_grade(*pair) for pair in pairs])
-        said = self.models.judged_by(self.M_0, pairs, *names, "grader")
-        return torch.tensor([score for score, *_ in said])
+        judged = self.models.judged_by(self.M_0, pairs, *names, "grader")
+        return torch.tensor([score for score, *_ in judged])
 
     def answers(self, weights, name):
         """[(question, response)] of a snapshot, k to each held-out prompt"""
@@ -678,72 +625,61 @@ class Models:
         return judgements(self.policy, self.tok, pairs, self.cfg,
                           generator_of(self.cfg, *names, "judge"))
 
-    def answers(self, source, weights, prompts, where):
-        """K answers of a snapshot to every prompt, scored by M_i, `packed`; `where`, the iteration
-        or a piece of it, seeds them. spin: one answer, of score 0, where the data's has 1 (D13)"""
-        k, said = self.cfg.group, None
-        if self.cfg.method == "spin":
-            k, said = 1, [(0.0,)] * len(prompts)
-        drawn = self.sample(weights, prompts, k, where, source)
-        pairs = [(prompts[n // k].question, s.text) for n, s in enumerate(drawn)]
-        return packed(drawn, said or self.judged(self.current, pairs, where, source))
+    def answers(self, source, weights, prompts, step):
+        """K answers of a snapshot to every prompt, scored by M_i -> Q lists of K Candidates. They
+        are a product of the iteration, a file of the run folder. spin: one answer, of score 0,
+        where the data's has 1 (D13)"""
+        def make(path):
+            spin = self.cfg.method == "spin"
+            drawn = self.sample(weights, prompts, 1 if spin else self.cfg.group, step, source)
+            k = len(drawn) // len(prompts)
+            pairs = [(prompts[n // k].question, s.text) for n, s in enumerate(drawn)]
+            judged = [(0.0, "", 0)] * len(drawn) if spin else self.judged(
+                self.current, pairs, step, source)
+            write_rows(path, (asdict(Candidate(s, source, *x)) for s, x in zip(drawn, judged)))
+
+        path = product(f"{self.cfg.out}/{step}-{source}.jsonl", make)
+        rows = read_json(path, path)
+        answers = [Candidate(**row | {"sample": Sample(**row["sample"])}) for row in rows]
+        k = len(answers) // len(prompts)
+        return [answers[n:n + k] for n in range(0, len(answers), k)]
 
     def learn(self, name, pairs, step):
-        """DPO (rs_sft: SFT on the chosen) from M_i, and with M_i as the reference. -> a snapshot of
-        the new model, which stays on the device, and means over the run"""
+        """DPO (rs_sft: SFT on the chosen) from M_i, and with M_i as the reference. The new model
+        stays on the device. -> means over the run"""
         cfg, where = self.cfg, f"{step} ({name})"
         self.load(self.current)
         if not pairs:
             tqdm.write(f"iteration {where}: no pair, so nothing is learned")
-            return self.current, {}
-        opt = MasterAdamW(self.policy, lr=cfg.lr)
-        with torch.no_grad():  # what bfloat16 weights had to round off
-            for master, (key, _) in zip(opt.masters, trained(self.policy)):
-                master.copy_(self.current[key])
+            return {}
         order = random.Random(f"{cfg.seed}/{step}/order").sample(range(len(pairs)), len(pairs))
         batches = [[pairs[i][1:] for i in order[n:n + cfg.batch]]
                    for n in range(0, len(pairs), cfg.batch)]
         train = sft if cfg.method == "rs_sft" else dpo
-        found = train(self.policy, batches, opt, cfg, where)
-        opt.release()
-        return {key: master.detach().to("cpu", copy=True)
-                for master, (key, _) in zip(opt.masters, trained(self.policy))}, found
+        return train(self.policy, batches, cfg, where)
 
+    def future(self, pairs, step):
+        """M_f, a product of the iteration -> its snapshot, and means over its run"""
+        def make(path):
+            means = self.learn("M_f", pairs, step)
+            torch.save((self.snapshot(), means), path)
 
-def packed(drawn, said):
-    """Samples and what the judge says of them -> a dict of plain lists and one tensor, which a
-    checkpoint holds whoever reads it"""
-    return {"tokens": torch.tensor([t for s in drawn for t in s.tokens], dtype=torch.int32),
-            "rest": [(len(s.tokens), s.text, s.finished, *what) for s, what in zip(drawn, said)]}
-
-
-def unpacked(answers, prompts, source):
-    """What `packed` gave -> for each prompt its Candidates"""
-    found, tokens = [], answers["tokens"].tolist()
-    k, start = len(answers["rest"]) // len(prompts), 0
-    for n, (length, text, finished, *what) in enumerate(answers["rest"]):
-        s = Sample(prompts[n // k].prompt, tokens[start:start + length], text, finished)
-        found.append(Candidate(s, source, *what))
-        start += length
-    return [found[n:n + k] for n in range(0, len(found), k)]
+        path = product(f"{self.cfg.out}/{step}-M_f.pt", make)
+        return torch.load(path, weights_only=True)
 
 
 def judgements(model, tok, pairs, cfg, rng):
     """[(question, response)] -> for each the fields of a Candidate from `score` on. A judge prompt
-    that leaves no room in the context counts as invalid."""
-    k, prompts = cfg.judge_samples, judge_prompts(model, tok, pairs)
-    context = getattr(causal_lm(model).config, "max_position_embeddings", math.inf)
-    fits = [i for i, p in enumerate(prompts) if len(p) + cfg.max_new_tokens <= context]
-    drawn = sample(model, tok, [prompts[i] for i in fits], k, cfg.max_new_tokens,
+    that leaves no room in the context has no valid score, nor has a judgement that was cut off
+    (D5)."""
+    prompts = judge_prompts(model, tok, pairs)
+    fits = [i for i, p in enumerate(prompts) if len(p) + cfg.max_new_tokens <= context_of(model)]
+    drawn = sample(model, tok, [prompts[i] for i in fits], 1, cfg.max_new_tokens,
                    cfg.judge_temperature, rng)
-    found = [(math.nan, "", k, 0)] * len(pairs)
-    for n, i in enumerate(fits):
-        own = drawn[n * k:(n + 1) * k]
-        scores = [parse_score(s.text) for s in own if s.finished]  # cut off is no verdict (D5)
-        valid = [x for x in scores if not math.isnan(x)]
-        found[i] = (statistics.fmean(valid) if valid else math.nan, own[0].text, k - len(valid),
-                    sum(len(s.tokens) for s in own))
-    return found
+    judged = [(math.nan, "", 0)] * len(pairs)
+    for i, s in zip(fits, drawn):
+        judged[i] = parse_score(s.text) if s.finished else math.nan, s.text, len(s.tokens)
+    return judged
 
 
 def run_rates(cfg, steps, peak):
@@ -756,12 +692,11 @@ def run_rates(cfg, steps, peak):
 
 def sft_rows(policy, tok, ift, eft, cfg):
     """IFT and EFT as Samples that fit --max_new_tokens and the context; says how many."""
-    context = getattr(causal_lm(policy).config, "max_position_embeddings", math.inf)
     asked = judge_prompts(policy, tok, [row[:2] for row in eft])
     parts = (as_samples(tok, [p.prompt for p in ift], [p.solution for p in ift]),
              as_samples(tok, asked, [row[2] for row in eft]))
     kept = [[s for s in part if len(s.tokens) <= cfg.max_new_tokens
-             and len(s.prompt) + len(s.tokens) <= context] for part in parts]
+             and len(s.prompt) + len(s.tokens) <= context_of(policy)] for part in parts]
     told = (f"{len(kept[0])} of {len(ift)} answers (IFT) and {len(kept[1])} of {len(eft)} "
             f"judgements (EFT) of at most --max_new_tokens {cfg.max_new_tokens} tokens")
     print(f"SFT on {told}" + ("" if kept[1] else ": nothing teaches judging (--eft_dataset)"))
@@ -771,76 +706,69 @@ def sft_rows(policy, tok, ift, eft, cfg):
     return sum(kept, [])
 
 
-def supervise(policy, tok, rows, cfg, folder):
-    """M_0: SFT on answers and judgements, mixed  [Eq. 4]. Leaves it in `folder`. -> that policy,
-    with fresh adapters under --lora"""
-    opt, losses = MasterAdamW(policy, lr=cfg.sft_lr), []
-    rates, stream = run_rates(cfg, cfg.sft_steps, cfg.sft_lr), None
-    for step in stage("SFT", policy, opt, cfg.sft_steps, {"losses": losses}):
-        stream = stream or problem_stream(rows, (step - 1) * cfg.batch, f"sft{cfg.seed}")
-        batch, rate = list(islice(stream, cfg.batch)), rates[step - 1]
+def supervise(policy, tok, ift, eft, cfg, folder):
+    """M_0: SFT on answers and judgements, mixed  [Eq. 4]. Leaves it in `folder`."""
+    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.sft_lr, weight_decay=0.0)
+    stream, losses = problem_stream(sft_rows(policy, tok, ift, eft, cfg), 0, f"sft{cfg.seed}"), []
+    rates = run_rates(cfg, cfg.sft_steps, cfg.sft_lr)
+    for step, rate in enumerate(tqdm(rates, "SFT", disable=None), 1):
+        batch = list(islice(stream, cfg.batch))
         losses.append(sft_step(policy, batch, opt, cfg, f"{step} of SFT", [rate])[0])
-    print(f"M_0: {cfg.sft_steps} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; in {folder}/")
-    opt.release()
-    return keep_sft(policy, tok, cfg, folder)
+    print(f"M_0: {cfg.sft_steps} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; in {cfg.out}/sft/")
+    save_model(folder, policy.merge_and_unload() if cfg.lora else policy, tok)
 
 
-def dpo(policy, batches, opt, cfg, where):
+def dpo(policy, batches, cfg, where):
     """One epoch of DPO from the weights in `policy`, which are the reference, on batches of
     (chosen, rejected) Candidates. -> means over the run"""
-    samples = [c.sample for batch in batches for pair in batch for c in pair]
-    ref = batch_logps(policy, samples, cfg, 1.0).sum(1).view(-1, 2)            # (P, 2), once
-    losses, margins, norms = [], [], []
-    found = {"losses": losses, "margins": margins, "norms": norms}
+    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
+    batches = [[c.sample for pair in batch for c in pair] for batch in batches]  # in turns
+    refs = batch_logps(policy, sum(batches, []), cfg, 1.0).sum(1).view(-1, 2)   # (P, 2), once
+    losses, margins, norms, start = [], [], [], 0
     rates = run_rates(cfg, len(batches), cfg.lr)
-    for step in stage(f"DPO {where}", policy, opt, len(batches), found):
-        batch, rate = batches[step - 1], rates[step - 1]
-        total, start = 0.0, cfg.batch * (step - 1)
-        longer = [max((c.sample for c in pair), key=lambda s: len(s.tokens)) for pair in batch]
-        for rows in micro_batches(longer, cfg.micro_tokens // 2):
-            ids, mask = collate([batch[i][k].sample for k in (0, 1) for i in rows], cfg.device)
-            logp_w, logp_l = response_logps(policy, ids, mask, 1.0)[0].sum(1).chunk(2)
-            ref_w, ref_l = ref[[start + i for i in rows]].T
+    for batch, rate in zip(tqdm(batches, f"DPO {where}", leave=False, disable=None), rates):
+        total, n = 0.0, len(batch) // 2
+        ref, start = refs[start:start + n], start + n
+        for rows, ids, mask in micro_batches(batch, cfg, together=2):
+            logp_w, logp_l = response_logps(policy, ids, mask, 1.0)[0].sum(1).view(-1, 2).T
+            ref_w, ref_l = ref[[i // 2 for i in rows[::2]]].T
             loss, margin = dpo_loss(logp_w, logp_l, ref_w, ref_l, cfg.beta)
-            loss = loss / len(batch)
+            loss = loss / n
             loss.sum().backward()
             total += loss.sum().item()
             margins += margin.tolist()
-        norms.append(update(opt, cfg, f"{where}, DPO step {step}", total, [rate]))
+        norms.append(update(opt, cfg, f"{where}, DPO", [rate]))
         losses.append(total)
     return {"loss": statistics.fmean(losses), "margin": statistics.fmean(margins),
             "accuracy": statistics.fmean(m > 0 for m in margins), "first_norm": norms[0],
             "grad_norm": statistics.fmean(norms)}
 
 
-def sft(policy, batches, opt, cfg, where):
+def sft(policy, batches, cfg, where):
     """rs_sft: one epoch of SFT on the best answers. -> means over the run"""
+    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
     rates, losses, norms = run_rates(cfg, len(batches), cfg.lr), [], []
-    found = {"losses": losses, "norms": norms}
-    for step in stage(f"SFT {where}", policy, opt, len(batches), found):
-        chosen = [best.sample for best, _ in batches[step - 1]]
-        loss, norm = sft_step(policy, chosen, opt, cfg, where, [rates[step - 1]])
+    for batch, rate in zip(batches, rates):
+        chosen = [best.sample for best, _ in batch]
+        loss, norm = sft_step(policy, chosen, opt, cfg, where, [rate])
         losses.append(loss)
         norms.append(norm)
     return {"loss": statistics.fmean(losses), "first_norm": norms[0],
             "grad_norm": statistics.fmean(norms)}
 
 
-def set_up(cfg, run):
-    """Seeds, loads, renders. -> policy, tokenizer, judge (None: the policy), SFT rows, prompts of
-    all iterations in their order, held-out prompts, and the folder of M_0, which the policy is from
-    if it exists"""
+def set_up(cfg):
+    """Seeds, loads, renders. -> policy, tokenizer, judge (None: the policy), IFT and EFT for SFT,
+    prompts of all iterations in their order, held-out prompts"""
     seed_everything(cfg)
     ift, eft, prompts, held_out = load_data(cfg)
     judge = None if cfg.judge == "self" else load_model(cfg.judge, cfg, flag="--judge")
     if judge:
         judge[0].to("cpu")
-    base, folder = cfg.model, run.folder.resolve() / "sft"
+    base = cfg.model
     if base == "tiny" and cfg.sft_steps:  # its M_0 is there already, made from this
-        base = tiny_path(cfg, "base", "--model")
-    if folder.is_dir():  # SFT is done
-        ift, eft = [], []
-    policy, tok = load_model(str(folder if folder.is_dir() else base), cfg, cfg.lora)
+        base = common.TINY_FOLDER / cfg.tiny_files["base"]
+    policy, tok = load_model(str(base), cfg, cfg.lora)
     ift, prompts, held_out = (
         encode_prompts(part, policy, tok, "", cfg.max_new_tokens, what) if part else []
         for part, what in ((ift, "IFT"), (prompts, "prompts"), (held_out, "evaluation")))
@@ -857,8 +785,7 @@ def set_up(cfg, run):
              f"tokens, and --steps {cfg.steps} times --prompts {cfg.prompts} are {need}")
     if not held_out:
         fail(f"--dataset {cfg.dataset}: no held-out prompt is left; give --eval_dataset")
-    rows = sft_rows(policy, tok, ift, eft, cfg) if cfg.sft_steps and not folder.is_dir() else []
-    return policy, tok, judge, rows, prompts, held_out[:cfg.eval_size or None], folder
+    return policy, tok, judge, ift, eft, prompts, held_out[:cfg.eval_size or None]
 
 
 def data_answers(tok, prompts):
@@ -872,94 +799,72 @@ def preferences(prompts, chosen, rejected):
     return [row for row in zip(prompts, chosen, rejected) if is_pair(*row[1:])]
 
 
-def part(run, policy, state, name, make, *args):
-    """make(*args), or what it gave before the run was killed: the parts of an iteration are in the
-    checkpoint."""
-    if name not in state["parts"]:
-        state["parts"][name] = make(*args)
-        due = bool(run.cfg.save_every) and state["step"] % run.cfg.save_every == 0
-        run.checkpoint(due, policy, None, state | {"step": state["step"] - 1})
-    return state["parts"][name]
-
-
-def candidates(do, models, source, weights, prompts, step):
-    """`Models.answers`, in PIECEs that are parts of the iteration -> Q lists of K Candidates"""
-    found = []
-    for start in range(0, len(prompts), PIECE):
-        some, where = prompts[start:start + PIECE], f"{step}/{start}" if start else step
-        answers = do(f"{source} from {start}", models.answers, source, weights, some, where)
-        found += unpacked(answers, some, source)
-    return found
-
-
+@one_line
 def main(argv=None):
     cfg = parse(argv)
     run = Run(cfg, "temporal_sr", METRICS, CURVES)
-    policy, tok, judge, rows, prompts, held_out, folder = set_up(cfg, run)
-    run.open()
-    if rows:
-        policy = supervise(policy, tok, rows, cfg, folder)
+    policy, tok, judge, ift, eft, prompts, held_out = set_up(cfg)
+    if cfg.sft_steps:
+        folder = product(Path(cfg.out).resolve() / "sft",
+                         lambda to: supervise(policy, tok, ift, eft, cfg, to))
+        seed_everything(cfg)  # for the adapters, whether M_0 was there or not
+        policy, tok = load_model(str(folder), cfg, cfg.lora)
     models = Models(policy, tok, judge, cfg)
     M_0 = models.snapshot()
     grade = Grader(models, M_0, held_out, cfg)
 
-    state = {"parts": {}, "answers": 0, "runs": 0, "M_i": M_0}
-    state |= run.start(policy, None, grade.evaluate)
-    do = partial(part, run, policy, state)    # do(name, f, *args): f(*args), or its checkpoint
-    answers = partial(candidates, do, models)
-    for step in run.steps(state):
-        M_i = models.current = state["M_i"]       # the judge, the initial weights, the reference
+    state = run.start(policy, None, grade.evaluate, answers=0, runs=0)
+    for step in run.steps(cfg.steps, patient=False):
+        M_i = models.current = models.snapshot()  # the judge, the initial weights, the reference
         chunk = prompts[(step - 1) * cfg.prompts:step * cfg.prompts]                 # Q Problems
         ties = random.Random(f"{cfg.seed}/{step}/ties")
 
         # phase 1, anchored rejection
-        r_i = answers("present", M_i, chunk, step)                                   # Q times K
+        r_i = models.answers("present", M_i, chunk, step)                            # Q times K
         chosen = [best(pool, ties) for pool in r_i]                                  # Q Candidates
         rejected = [worst(pool, ties) for pool in r_i]
         pools = r_i
         if cfg.method == "spin":
             chosen = data_answers(tok, chunk)
         if cfg.past:
-            r_0 = answers("past", M_0, chunk, step)
-            rejected = [anchored_rejection(r, worst(pool, ties), cfg.strict_anchor)
+            r_0 = models.answers("past", M_0, chunk, step)
+            rejected = [anchored_rejection(r, worst(pool, ties))
                         for r, pool in zip(rejected, r_0)]
             pools = pools + r_0
         D_1 = D_2 = preferences(chunk, chosen, rejected)                             # P pairs
 
         # phase 2, future-guided chosen
-        ahead = {}
         if cfg.future:
-            M_f, ahead = do("M_f", models.learn, "M_f", D_1, step)
-            r_f = answers("future", M_f, chunk, step)
+            M_f, means = models.future(D_1, step)
+            r_f = models.answers("future", M_f, chunk, step)
             chosen = [future_guided_chosen(c, best(pool, ties)) for c, pool in zip(chosen, r_f)]
             D_2 = preferences(chunk, chosen, rejected)
             pools = pools + r_f
+            run.add({f"future/{k}": x for k, x in means.items()})
 
         # M_i+1, again from M_i
-        values = step_statistics(models, grade, pools, D_1, D_2, step, cfg)
+        last = pair_statistics(models, grade, pools, D_1, D_2, step, cfg)
+        run.add(last)
         if cfg.method == "rs_sft":
             D_2 = [(p, c, c) for p, c in zip(chunk, chosen) if c]  # all best answers, no rejected
-        state["M_i"], found = models.learn("M_i+1", D_2, step)
+        means = models.learn("M_i+1", D_2, step)
+        run.add({f"dpo/{k}": x for k, x in means.items()})
 
         drawn = [c for pool in pools for c in pool]
         state["tokens"] += sum(len(c.sample.tokens) + c.spent for c in drawn)
         state["answers"] += len(drawn)
         state["runs"] += 1 + cfg.future
-        state["parts"] = {}
-        values |= {f"dpo/{k}": x for k, x in found.items()}
-        values |= {f"future/{k}": x for k, x in ahead.items()}
-        values |= {f"sample/{k}": state[k] for k in ("tokens", "answers", "runs")}
-        grade.last = {new: values[k] for k, new in (("gap/grader", "score_gap"),
-                                                    ("pairs/similarity", "similarity"))
-                      if k in values}
-        examples = [{"prompt": p.question, "response": c.sample.text, "reward": c.score,
-                     "role": role, "source": c.source, "judgement": c.judgement}
-                    for p, *both in D_2[:2] for role, c in zip(("chosen", "rejected"), both)]
-        run.end_step(state, values, examples, policy, None, grade.evaluate)
-    run.finish(state, policy, tok, grade.evaluate)
+        run.add({f"sample/{k}": state[k] for k in ("tokens", "answers", "runs")})
+        grade.last = {new: last[k] for k, new in (("gap/grader", "score_gap"),
+                                                  ("pairs/similarity", "similarity")) if k in last}
+        run.end_step(policy, None, grade.evaluate, [
+            {"prompt": p.question, "response": c.sample.text, "reward": c.score, "role": role,
+             "source": c.source, "judgement": c.judgement}
+            for p, *both in D_2[:2] for role, c in zip(("chosen", "rejected"), both)])
+    run.finish(policy, tok, grade.evaluate)
 
 
-def step_statistics(models, grade, pools, D_1, D, step, cfg):
+def pair_statistics(models, grade, pools, D_1, D, step, cfg):
     """What METRICS say about the pairs D (M_f's: D_1) and the answers that they are from."""
     drawn = [c for pool in pools for c in pool]
     own = [c for c in drawn if c.source == "present"]
@@ -967,8 +872,7 @@ def step_statistics(models, grade, pools, D_1, D, step, cfg):
               "sample/length": statistics.fmean(len(c.sample.tokens) for c in own),
               "sample/truncated": statistics.fmean(not c.sample.finished for c in own)}
     if cfg.method != "spin":
-        asked = cfg.judge_samples * len(drawn)
-        values["judge/invalid"] = sum(c.invalid for c in drawn) / asked
+        values["judge/invalid"] = statistics.fmean(math.isnan(c.score) for c in drawn)
         scores = [c.score for c in own if not math.isnan(c.score)]
         values |= {"judge/score": statistics.fmean(scores)} if scores else {}
     if not D:

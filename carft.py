@@ -33,10 +33,9 @@ WHAT IS KNOWN OF THE PAPER
 
     D1  L_cl is the masked InfoNCE that the code's formula means. The released code (1) multiplies
         losses (B,) by a mask (B, 1), so that it sums over all rows if any is correct, and (2)
-        gathers the negatives without gradient; a test computes both
+        gathers the negatives without gradient; tests/test_carft_maths.py computes both
     D2  negatives are all other rows of the rollout batch; the code has those of a micro-batch on
-        all GPUs, 32 rows, and sums over the 4 of one GPU; ours with --code_parity sums over B, so
-        that lambda acts B/4 times as strongly. The loss couples all rows: their vectors are taken
+        all GPUs, 32 rows. The loss couples all rows: their vectors are taken
         first, then the gradient with respect to them, of which each micro-batch passes on its
         share; --micro_tokens does not change it [ours]. No question is in a batch twice: an
         epoch's rest is dropped [code], and each question has one annotated CoT
@@ -45,8 +44,8 @@ WHAT IS KNOWN OF THE PAPER
     D4  vectors pool over token positions, EOS included; PPO acts on the states one before them
     D5  empty token sets (no common token, no token of its own) take no part; the code pools all
         positions, pads included
-    D6  negative signal: the longest common subsequence of the two CoT. With --code_parity of the
-        whole sequences, prompt included, as released
+    D6  negative signal: the longest common subsequence of the two CoT; as released, of the
+        whole sequences, prompt included
     D7  a critic that starts at zero, a learning rate of its own, ten times the policy's, and five
         steps in which the heads learn alone [ours; code: none of these]: otherwise a random critic
         throws the policy back at the start
@@ -114,8 +113,8 @@ class Config(common.Config):
     gamma: float = arg(1.0, "discount [code: 1.0]")
     gae_lambda: float = arg(0.95, "of the advantage estimator [code: 0.95]")
     vf_coef: float = arg(5.0, "alpha, weight of the value loss [code: 5]")
-    head_lr: float = arg(3e-6, "learning rate of the critic and the projection [ours: ten times the "
-                               "policy's; code: --lr] (D7)")
+    head_lr: float = arg(3e-6, "learning rate of the critic and the projection [ours: ten times "
+                               "--lr; code: --lr] (D7)")
     head_only_steps: int = arg(5, "first steps in which only they learn [ours; code: 0] (D7)")
     head: Literal["shared", "separate"] = arg(
         "shared", "critic on the ReLU of the 64-d projection, or linear beside it [code: cl2, cl]")
@@ -149,7 +148,7 @@ TEMPERATURE, CEILING = 0.2, 0.9  # tau, and the cosine from which a pair is pull
 CLIP = 0.2                 # of the ratio and of the value [code]
 SFT_BATCH = 64             # annotated CoT per step of stage 1 [code]
 VECTORS = 256              # held-out CoT in the evaluation of the vectors [ours]
-PROMPT = "Question:\n{question}\nAnswer reasoning:\n"                                   # [code]
+TEMPLATE = "Question:\n{{ messages[0].content }}\nAnswer reasoning:\n"                   # [code]
 TRIGGER = "\nTherefore, the answer is: "                                                # [code]
 
 METRICS = {
@@ -552,7 +551,7 @@ def score(policy, heads, samples, sets, cfg, logps=True):
 
 
 def warm_up(policy, tok, train, cfg, folder):
-    """Stage 1: SFT on the annotated CoT. Leaves the SFT policy in `folder`, LoRA adapters merged."""
+    """Stage 1: SFT on the annotated CoT. Leaves the policy in `folder`, LoRA adapters merged."""
     steps = max(1, cfg.sft_epochs * len(train) // SFT_BATCH)
     opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.sft_lr, weight_decay=0.0)
     stream, losses = problem_stream(train, 0, f"sft{cfg.seed}"), []
@@ -576,7 +575,7 @@ def learning_rates(step, cfg):
 def main(argv=None):
     cfg = parse(argv)
     run = Run(cfg, "carft", METRICS, CURVES)
-    policy, tok, problems, held_out, _ = set_up(cfg, PROMPT)
+    policy, tok, problems, held_out, _ = set_up(cfg, TEMPLATE)
     train = annotated_set(problems, policy, tok, cfg)
 
     # stage 1; with --lora, switching the fresh adapters off gives the SFT policy back
@@ -609,7 +608,7 @@ def main(argv=None):
         if cfg.method == "sft":
             loss, norm = sft_step(policy, annotated, opt, cfg, step, rates)
             run.add({"sft/loss": loss, "optim/grad_norm": norm})
-            run.end_step(learners, opt, test)
+            run.end_step()
             continue
 
         # 1. sample
@@ -678,11 +677,11 @@ def main(argv=None):
             if ppo:
                 run.add({"value/loss": L_vf})
 
-        run.end_step(learners, opt, test, [
+        run.end_step([
             {"prompt": problems[i // cfg.group].question, "response": batch[i].text,
              "reward": r[i].item(), "annotated": annotated[i // cfg.group].text}
             for i in range(0, n, cfg.group)][:4])
-    run.finish(policy, tok, test)
+    run.finish(policy, tok)
 
 
 def critic_statistics(old_logp, ref_logp, V, R, mask):

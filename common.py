@@ -112,37 +112,30 @@ class Parser(HfArgumentParser):
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Shows the docstring as it is, and the value that a flag will have."""
 
-    def _get_help_string(self, action):
-        return action.help if action.default == "" else super()._get_help_string(action)
-
 
 def parse_config(cls, script, doc, tiny, methods, argv=None):
     """The command line -> a `cls`. A flag's value is, in this order: what was typed, that of `tiny`
     (with the tiny model only; entries named after a method hold for that method), that of
-    methods[--method], the default of its field.
-
-    With --resume DIR the values of DIR/config.json take the place of the last three, and only
-    --steps and --device may be typed with another value.
+    methods[--method], the default of its field. With --resume DIR the values of DIR/config.json
+    take the place of the last three, and only --steps and --device may be typed with another.
     """
     argv = sys.argv[1:] if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag, default in (("--model", "tiny"), ("--method", cls.method), ("--resume", "")):
         peek.add_argument(flag, nargs="?", default=default)
     chosen = peek.parse_known_args(argv)[0]
-    parser = Parser(cls, prog=f"{script}.py", description=doc, allow_abbrev=False,
-                    formatter_class=Formatter)
-    parser.set_defaults(**methods.get(chosen.method, {}))
+    parser = Parser(cls, description=doc, allow_abbrev=False, formatter_class=Formatter)
+    values = methods.get(chosen.method, {})
     if chosen.model == "tiny":
-        values = tiny | tiny.get(chosen.method, {})
-        parser.set_defaults(**{k: v for k, v in values.items() if not isinstance(v, dict)})
+        values = values | tiny | tiny.get(chosen.method, {})
+    parser.set_defaults(**{k: v for k, v in values.items() if not isinstance(v, dict)})
     saved = saved_flags(cls, script, chosen.resume) if chosen.resume else []
     cfg = cls(**vars(parser.parse_args([*saved, *argv])))
-    known = asdict(cls(**vars(parser.parse_args(saved)))) if saved else asdict(cfg)
-    for name in known.keys() - {"steps", "device", "resume"}:
-        if getattr(cfg, name) != known[name]:
-            fail(f"--resume {cfg.resume}: it was run with --{name} {known[name]}; leave the flag "
-                 "out, or start a new run")
+    known = vars(parser.parse_args(saved)) if saved else asdict(cfg)
     for name, x in asdict(cfg).items():
+        if x != known[name] and name not in ("steps", "device", "resume"):
+            fail(f"--resume {cfg.resume}: it was run with --{name} {known[name]}, not {x}; leave "
+                 "the flag out, or start a new run")
         if isinstance(x, int | float) and not (name in cls.negative or 0 <= x < math.inf):
             fail(f"--{name} {x}: must be a number from 0 on")
         if name in cls.positive and x <= 0:
@@ -182,19 +175,6 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama-3": "meta-llama", "Mistral": "mistralai"
                  "OctoThinker": "OctoThinker"}
 
 
-def resolve_model(name, cfg, flag="--model"):
-    """A folder or a Hub id as they are; `tiny` becomes its folder, a bare name a Hub id."""
-    if name == "tiny":
-        return str(TINY_FOLDER / cfg.tiny_files["model"])
-    if "/" in name or Path(name).is_dir():
-        return name
-    for prefix, organisation in ORGANISATIONS.items():
-        if name.startswith(prefix):
-            return f"{organisation}/{name}"
-    fail(f"{flag} {name}: no such folder, and of an organisation that I do not know; I know those "
-         f"of {', '.join(ORGANISATIONS)}; give the full Hub id")
-
-
 @functools.cache
 def find_hub():
     """Asks the Hub for a sign of life, once; without one the libraries use their cache only.
@@ -208,14 +188,16 @@ def find_hub():
 
 
 def load_model(name, cfg, lora=False, flag="--model"):
-    """`name` -> (model, tokenizer), weights from safetensors.
-
-    The weights of --model are float32 and run under autocast (--dtype). With `lora` they have the
-    compute dtype, below float32 adapters on every linear layer; so have the weights of other
-    models, which are not trained. Dropout is off: log-probabilities must be those of the policy
-    that sampled.
-    """
-    path, what = resolve_model(name, cfg, flag), f"{flag} {name}"
+    """`name` -> (model, tokenizer). The weights of --model are float32 and run under autocast
+    (--dtype). With `lora` they have the compute dtype, below float32 adapters on every linear
+    layer; so have the weights of other models, which are not trained. Dropout is off:
+    log-probabilities must be those of the policy that sampled."""
+    path, what = name, f"{flag} {name}"
+    if name == "tiny":
+        path = str(TINY_FOLDER / cfg.tiny_files["model"])
+    elif "/" not in name and not Path(name).is_dir():
+        path = next((f"{organisation}/{name}" for prefix, organisation in ORGANISATIONS.items()
+                     if name.startswith(prefix)), name)
     if not Path(path).is_dir():
         find_hub()
     in_full = flag == "--model" and not lora
@@ -245,7 +227,16 @@ def load_model(name, cfg, lora=False, flag="--model"):
         if not torch.allclose(direct, model(probe).logits, rtol=1e-2, atol=1e-2):
             fail(f"{what}: {config.model_type} changes its logits after the LM head (soft-capping "
                  "or scaling), which these scripts do not support")
-    return add_adapters(model) if lora else model, tok
+    if not lora:
+        return model, tok
+    from peft import LoraConfig, get_peft_model
+
+    model.activation_checkpointing_enable()
+    with warnings.catch_warnings():  # peft asks for it by a name that transformers has deprecated
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # Rank and alpha [ours]: common values; every linear layer except the LM head.
+        model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))
+    return model.train(), tok  # activation checkpointing acts in training mode only
 
 
 def check_memory(config, cfg, what):
@@ -261,18 +252,6 @@ def check_memory(config, cfg, what):
              f"activations, and --device {cfg.device} has {have:.1f} GB; give --lora")
 
 
-def add_adapters(model):
-    """Fresh LoRA adapters, which change nothing yet, and activation checkpointing."""
-    from peft import LoraConfig, get_peft_model
-
-    model.activation_checkpointing_enable()
-    with warnings.catch_warnings():  # peft asks for it by a name that transformers has deprecated
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        # Rank and alpha [ours]: common values; every linear layer except the LM head.
-        model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))
-    return model.train()  # activation checkpointing acts in training mode only
-
-
 def causal_lm(model):
     """The transformers model itself, without the peft wrapper (the adapters stay active)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -285,10 +264,9 @@ def autocast(model):
 
 
 def trained_prompt(model, name, default=None):
-    """A prompt that the model was trained with: what its config.json has under "prompts" and
-    `name`; `default` where it has nothing there. `instruction` is what follows a question whose
-    answer is verified, `judge` asks temporal_sr.py's judge. [ours: a small model knows the words of
-    its training only]"""
+    """A prompt that the model was trained with, in its config.json under "prompts": `instruction`
+    follows a question whose answer is verified, `judge` asks temporal_sr.py's judge. [ours: a small
+    model knows the words of its training only]"""
     return (getattr(causal_lm(model).config, "prompts", None) or {}).get(name, default)
 
 
@@ -319,11 +297,9 @@ def reference_policy(model, reference):
 
 
 def update(opt, cfg, step, rates=None):
-    """One AdamW step on the gradient, clipped to MAX_GRAD_NORM. -> its norm before clipping
-
-    A gradient that is not finite ends the program before it can touch the weights. `rates`: the
-    learning rate of each parameter group; default: cfg.lr after its linear warm-up.
-    """
+    """One AdamW step on the gradient, clipped to MAX_GRAD_NORM. -> its norm before clipping. A
+    gradient that is not finite ends the program before it can touch the weights. `rates`: of each
+    parameter group; default: cfg.lr after its linear warm-up."""
     params = [p for group in opt.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM).item()
     if not math.isfinite(norm):
@@ -389,18 +365,15 @@ def read_rows(cfg, name, split, flag):
     """The rows that `name` stands for, as a list of dicts: tiny (`split` is a name in tiny_files),
     another built-in name, a Hub id or a local file. None where the test split of --dataset is asked
     for and it has none."""
-    own_test = split == "test" and flag == "--dataset"
-    if name == "tiny":
-        name = str(TINY_FOLDER / cfg.tiny_files[split])
-    elif own_test and Path(name).is_file():
-        return None
-    name = next((k for k, v in HUB_DATA.items() if v[0] == name), name)
     hub_id, config, train, test, _ = HUB_DATA.get(name, (name, None, "train", "test", ""))
-    if own_test and train == test:
+    own_test = split == "test" and flag == "--dataset"
+    if own_test and (train == test or Path(name).is_file()):
         return None
-    kind = Path(name).suffix.lower()
+    if name == "tiny":
+        hub_id = str(TINY_FOLDER / cfg.tiny_files[split])
+    kind = Path(hub_id).suffix.lower()
     if kind in (".jsonl", ".json"):
-        return read_json(Path(name), f"{flag} {name}")
+        return read_json(hub_id, f"{flag} {name}")
     if kind != ".parquet":
         find_hub()
     import datasets  # after find_hub: it reads the offline switch on import
@@ -416,26 +389,24 @@ def read_rows(cfg, name, split, flag):
             return None
         return list(parts[wanted] if wanted in parts else next(iter(parts.values())))
     except Exception as e:  # many libraries' errors, all bad input here
-        fail(f"{flag} {name}: no file, Hub id or built-in name that could be read (see --help): "
-             f"{e.__cause__ or e!s:.300}")
+        fail(f"{flag} {name}: no built-in name, file or Hub id that could be read (see --help): "
+             f"{str(e.__cause__ or e):.300}")
 
 
 def read_json(path, what):
     """Rows of a JSON file, a list of objects, or of a JSON lines file; all have all columns."""
+    rows, number = [], 0
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as e:
-        fail(f"{what}: cannot be read ({e})")
-    whole, rows = text.lstrip().startswith("["), []
-    for number, line in enumerate([text] if whole else text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as e:
-            fail(f"{what}: line {getattr(e, 'lineno', 1) if whole else number} is no JSON ({e})")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        whole = text.lstrip().startswith("[")
+        for number, part in enumerate([text] if whole else text.split("\n"), 1):
+            rows += [json.loads(part)] if part.strip() else []
+    except (OSError, ValueError, RecursionError) as e:
+        fail(f"{what}: cannot be read as JSON, line {number}: {e}")
     rows = rows[0] if whole else rows
-    for number, row in enumerate(rows, 1):
+    for at, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            fail(f"{what}: row {number} is not an object with a value for every column")
+            fail(f"{what}: row {at} is not an object with a value for every column")
     names = dict.fromkeys(name for row in rows for name in row)
     if not names:
         fail(f"{what}: no rows in it")
@@ -478,9 +449,6 @@ def to_problems(rows, what):
     if not problems:
         fail(f"{what}: no row has both a question and an answer; answers are looked for in the "
              f"columns {SOLUTION['answer'] + SOLUTION['solution']}, and it has {tuple(rows[0])}")
-    if len(problems) < len(rows):
-        print(f"{what}: {len(rows) - len(problems)} of {len(rows)} rows left out: no question or no "
-              "answer")
     return problems
 
 
@@ -491,20 +459,15 @@ def load_problems(cfg):
         return rows and to_problems(rows, f"{flag} {name}")
 
     train = load(cfg.dataset, "train", "--dataset")
-    if cfg.eval_dataset:
-        held_out = load(cfg.eval_dataset, "test", "--eval_dataset")
-    else:
-        held_out = load(cfg.dataset, "test", "--dataset")
+    flag = "--eval_dataset" if cfg.eval_dataset else "--dataset"
+    held_out = load(cfg.eval_dataset or cfg.dataset, "test", flag)
     if held_out is None:
         random.Random(0).shuffle(train)  # not cfg.seed: every seed holds out the same rows
-        n = min(200, len(train) // 5)
-        held_out, train = train[:n], train[n:]
-        print(f"{cfg.dataset} has no test split: {n} rows held out for evaluation")
+        held_out = train[:min(200, len(train) // 5)]
     asked = {p.question for p in held_out}
-    overlap = sum(p.question in asked for p in train)
-    if overlap:
-        train = [p for p in train if p.question not in asked]
-        print(f"{overlap} training rows left out: their questions are held out")
+    train, rows = [p for p in train if p.question not in asked], len(train)
+    print(f"{cfg.dataset}: {len(held_out)} held-out problems; {len(train)} of {rows} rows are to "
+          "train on, the others are held out")
     if not train or not held_out:
         fail(f"--dataset {cfg.dataset}: no problem left to {'evaluate' if train else 'train'} on")
     return train, held_out[:cfg.eval_size or None]
@@ -515,20 +478,15 @@ def context_of(model):
     return getattr(causal_lm(model).config, "max_position_embeddings", math.inf)
 
 
-def encode_prompts(problems, model, tok, instruction, max_new_tokens, what, plain=None):
-    """Renders every question into `problem.prompt` and drops those too long for the context.
-    `plain`: a prompt with a {question} in it, taken as it is instead of the chat template."""
-    if plain:
-        ids = tok([plain.replace("{question}", defuse(tok, p.question)) for p in problems],
-                  add_special_tokens=False).input_ids
-    else:
-        ids = encode_questions(tok, [f"{p.question}\n{instruction}".strip() for p in problems])
+def encode_prompts(problems, model, tok, instruction, max_new_tokens, what):
+    """Renders every question into `problem.prompt` and drops those too long for the context."""
+    ids = encode_questions(tok, [f"{p.question}\n{instruction}".strip() for p in problems])
     for p, prompt in zip(problems, ids):
         p.prompt = tuple(prompt)
     kept = [p for p in problems if len(p.prompt) + max_new_tokens <= context_of(model)]
     if len(kept) < len(problems):
-        note = (f"{what}: {len(problems) - len(kept)} of {len(problems)} prompts and --max_new_tokens"
-                f" {max_new_tokens} do not fit the model's context of {context_of(model)} tokens")
+        note = (f"{what}: with --max_new_tokens {max_new_tokens} {len(problems) - len(kept)} of "
+                f"{len(problems)} prompts do not fit the context of {context_of(model)} tokens")
         print(note) if kept else fail(note)
     return kept
 
@@ -539,19 +497,22 @@ def seed_everything(cfg):
     torch.manual_seed(cfg.seed)
 
 
-def set_up(cfg, plain=None):
+def set_up(cfg, template=None):
     """Seeds, loads, renders: -> policy, tokenizer, training problems, held-out problems, and the
-    instruction that follows their questions. `plain`: the paper's own prompt, see `encode_prompts`;
-    a model that was trained with another keeps that."""
+    instruction that follows their questions: what the model was trained with, else the form of the
+    final answer, as the solutions have it. `template`: the paper's own prompt, a chat template,
+    which takes the place of both unless the model was trained with another."""
     seed_everything(cfg)
     train, held_out = load_problems(cfg)
     policy, tok = load_model(cfg.model, cfg, cfg.lora)
     boxed = any("\\boxed" in p.solution for p in train)
-    form = HUB_DATA[cfg.dataset][-1] if cfg.dataset in HUB_DATA else BOXED if boxed else HASHES
+    form = BOXED if boxed else HASHES
+    form = HUB_DATA[cfg.dataset][-1] if cfg.dataset in HUB_DATA else form
     instruction = trained_prompt(policy, "instruction", form)
-    plain = plain if trained_prompt(policy, "instruction") is None else None
+    if template and trained_prompt(policy, "instruction") is None:
+        tok.chat_template, instruction = template, ""
     train, held_out = (
-        encode_prompts(problems, policy, tok, instruction, cfg.max_new_tokens, what, plain)
+        encode_prompts(problems, policy, tok, instruction, cfg.max_new_tokens, what)
         for problems, what in ((train, "training"), (held_out, "evaluation")))
     return policy, tok, train, held_out, instruction
 
@@ -581,10 +542,7 @@ def encode_questions(tok, questions):
     questions = [defuse(tok, q) for q in questions]
     if tok.chat_template:
         chats = [[{"role": "user", "content": q}] for q in questions]
-        try:
-            texts = tok.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        except Exception as e:  # a template is a program of its own
-            fail(f"the model's chat template cannot render a single user turn: {e}")
+        texts = tok.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
         return tok(texts, add_special_tokens=False).input_ids
     rows = tok([f"{q}\n" for q in questions]).input_ids
     return [ids[:-1] if ids[-1] == tok.eos_token_id else ids for ids in rows]
@@ -1115,20 +1073,21 @@ class Run:
         self.values = {}
         write_rows(self.folder / "metrics.jsonl", [{"step": step, **row}], "a")
 
-    def evaluate(self, evaluate):
-        """Adds and prints what `evaluate()` finds; of the numbers per level only accuracies."""
-        result, step = evaluate(), self.state["step"]
+    def evaluate(self):
+        """Adds and prints what the script's evaluation finds; of numbers per level accuracies."""
+        result, step = self.test(), self.state["step"]
         self.add({f"eval/{k}": v for k, v in result.items()})
         shown = {k: v for k, v in result.items() if "/" not in k or k.startswith("accuracy/")}
         tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
         self.state |= {"after": result, "evaluated": step}
 
-    def start(self, model, opt, evaluate, **state):
+    def start(self, model, opt, test, **state):
         """-> the state to go on from: a checkpoint's, see `restore`, or a new one after its
-        `before` evaluation."""
+        `before` evaluation. `model` and `opt` are what checkpoints are of; test() -> a dict."""
+        self.model, self.opt, self.test = model, opt, test
         self.state = {"step": 0, "position": 0, "tokens": 0, "train_cpu_seconds": 0.0, **state}
-        if not (self.cfg.resume and self.restore(model, opt)):
-            self.evaluate(evaluate)
+        if not (self.cfg.resume and self.restore()):
+            self.evaluate()
             self.state["before"] = self.state["after"]
             self.log()
         return self.state
@@ -1143,17 +1102,17 @@ class Run:
             self.in_step = patient
             yield step
 
-    def end_step(self, model, opt, evaluate, examples=()):
+    def end_step(self, examples=()):
         """Logs a step; evaluates, checkpoints and draws where it is due."""
         cfg, step, last = self.cfg, self.state["step"], self.state["step"] == self.end
         self.state["train_cpu_seconds"] += time.process_time() - self.step_started
         if last or cfg.eval_every and step % cfg.eval_every == 0:
-            self.evaluate(evaluate)
+            self.evaluate()
         self.log()
         write_rows(self.folder / "samples.jsonl", [{"step": step, **x} for x in examples], "a")
         due = cfg.save_every and step % cfg.save_every == 0
         if last or due or self.stopping:
-            self.save(model, opt)
+            self.save()
         if due and not last:  # `finish` draws the last one
             self.draw_curves()
         self.in_step = False
@@ -1164,13 +1123,13 @@ class Run:
         """The paths of the checkpoints, the oldest first."""
         return sorted((self.folder / "checkpoint").glob("step_*.pt"))
 
-    def save(self, model, opt):
+    def save(self):
         """checkpoint/step_<n>.pt, under another name until it is whole: trained weights, optimizer,
         state, random numbers, and the sizes of the logs, so that later rows can be cut off."""
         generators = random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
         self.state["seconds"] = time.perf_counter() - self.started
-        saved = {"weights": {n: p.detach() for n, p in trained(model)},
-                 "optimizer": opt and opt.state_dict(), "state": self.state, "rng": generators,
+        saved = {"weights": {n: p.detach() for n, p in trained(self.model)},
+                 "optimizer": self.opt and self.opt.state_dict(), "state": self.state, "rng": generators,
                  "logs": {log: (self.folder / log).stat().st_size for log in LOGS}}
         new = self.folder / "checkpoint" / "new"
         new.parent.mkdir(exist_ok=True)
@@ -1179,18 +1138,18 @@ class Run:
         for old in self.checkpoints()[:-2]:  # the last two stay
             old.unlink()
 
-    def restore(self, model=None, opt=None):
-        """Goes back to the newest checkpoint that can be read: state, random numbers, sizes of the
-        logs, and the weights and optimizer of a model that is given. -> was there a checkpoint?"""
+    def restore(self):
+        """Goes back to the newest checkpoint that can be read: weights, optimizer, state, random
+        numbers, sizes of the logs. -> was there one?"""
         saved = None
         for path in reversed(self.checkpoints()):
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 with torch.no_grad():
-                    for name, p in trained(model) if model else ():
+                    for name, p in trained(self.model) if self.model else ():
                         p.copy_(saved["weights"][name])
-                if opt:
-                    opt.load_state_dict(saved["optimizer"])
+                if self.opt:
+                    self.opt.load_state_dict(saved["optimizer"])
                 for put_back, x in zip((random.setstate, torch.set_rng_state,
                                         torch.cuda.set_rng_state_all), saved["rng"]):
                     put_back(x)
@@ -1211,11 +1170,11 @@ class Run:
         print(f"resuming {self.folder} {where}")
         return bool(saved)
 
-    def finish(self, model, tok, evaluate):
+    def finish(self, model, tok):
         """model/, curves.png, summary.json, and the before/after table."""
         state, cfg = self.state, self.cfg
         if state["evaluated"] != state["step"]:
-            self.evaluate(evaluate)
+            self.evaluate()
         shutil.rmtree(self.folder / "model", ignore_errors=True)
         product(self.folder / "model", lambda to: save_model(to, model, tok))
         self.draw_curves()

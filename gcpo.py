@@ -20,17 +20,16 @@ METHODS  --method   golden   ratio      aggregation   clip            KL       f
          dapo       no       token      token         0.2 / 0.28      none     sampled again
          grpo       no       token      sequence      0.2 / 0.2       .04 k3   kept
 
-SOURCES  Of the paper only the abstract and the start of the introduction could be read. One response
-         of an all-wrong group is replaced, ratios are per sequence and there is no KL term according
-         to a Korean review [2nd: KR] and a table of another paper [2nd: HOB = "On the Hidden
-         Objective Biases of Group-based RL"]. The equations are those of GSPO (2507.18071), DAPO
-         (2503.14476) and GRPO (2402.03300), on which the paper builds; [code: ...] is released code
-         of others; what none of them tells is marked [ours] where it acts.
+Of the paper only the abstract and the start of its introduction could be read. That one response is
+replaced, that ratios are per sequence and that there is no KL term comes from a Korean review
+[2nd: KR] and a table in "On the Hidden Objective Biases of Group-based RL" [2nd: HOB]. The
+equations are those of the papers that it builds on: GSPO (2507.18071), DAPO (2503.14476) and GRPO
+(2402.03300). What none of them tells is marked [ours] where it acts.
 
-RUN      python gcpo.py                               # tiny model, CPU, offline, minutes
-         python gcpo.py --method dapo                 # a baseline in the same loop
-         python gcpo.py --model Qwen2.5-1.5B          # one CUDA GPU, GSM8K
-         python gcpo.py --model Qwen2.5-7B --lora     # LoRA adapters
+    python gcpo.py                               # tiny model, CPU, offline, minutes
+    python gcpo.py --method dapo                 # a baseline in the same loop
+    python gcpo.py --model Qwen2.5-1.5B          # one CUDA GPU, GSM8K
+    python gcpo.py --model Qwen2.5-7B --lora     # LoRA adapters
 """
 
 import random
@@ -57,8 +56,8 @@ class Config(common.Config):
     positive = (*common.Config.positive, "clip_low", "clip_high", "updates")
 
     method: Literal["gcpo", "gspo", "dapo", "grpo"] = arg("gcpo", "the paper's, or a baseline")
-    golden: str = arg("dataset", "golden answers: dataset (its solutions), a model that writes them, "
-                                 "or off [2nd: KR: ground truth or a larger model]")
+    golden: str = arg("dataset", "golden answers: dataset (its solutions), a model that writes "
+                                 "them, or off [2nd: KR: ground truth or a larger model]")
     ratio: Literal["sequence", "sequence_sum", "token"] = arg(
         "sequence", "importance ratio: GSPO Eq. 7, the same without 1/|y| [2nd: HOB], or per token")
     aggregation: Literal["sequence", "token"] = arg(
@@ -87,7 +86,7 @@ METHODS = {  # what differs from the defaults above
 TINY = dict(dataset="tiny", device="cpu", steps=300, prompts=64, group=4, max_new_tokens=64,
             lr=5e-4, micro_tokens=1024, eval_size=0, eval_every=25, save_every=50)
 MAX_BATCHES = 10  # of prompts that dynamic sampling tries in one step [ours]
-GOLDEN_TRIES = 4  # responses per problem of a golden-answer model; the first right one is kept
+GOLDEN_TRIES = 4  # responses per problem of a golden-answer model [ours]
 
 METRICS = {
     "reward/mean": "mean reward of the sampled responses, golden answers not included",
@@ -187,14 +186,9 @@ def replace_golden(group, golden, index):
 
 
 def golden_answers(problems, tok, cfg, instruction):
-    """The golden answer of each problem that has a usable one: the whole solution, as a continuation
-    of the very prompt ids that the policy sees -> {(question, answer): Sample}
-
-    It has the form that the prompt asks for: a final-answer line is added where its mark is missing,
-    and </think> before it where the chat template opened <think>. One that fails the verifier, is
-    nothing but the answer, or is longer than --max_new_tokens (cut off, it would have no answer) is
-    rejected [ours].
-    """
+    """The golden answers: whole solutions, as continuations of the very prompt ids that the policy
+    sees -> {(question, answer): Sample}. One that fails the verifier, is nothing but the answer, or
+    is longer than --max_new_tokens (cut off, it would have no answer) is rejected [ours]."""
     if cfg.golden == "off":
         return {}
     if cfg.golden != "dataset":
@@ -223,10 +217,10 @@ def golden_answers(problems, tok, cfg, instruction):
 
 
 def in_form(problem, instruction, prompt):
-    """The solution as `golden_answers` wants it; one that states another answer stays as it is, for
-    the verifier to reject."""
-    text = problem.solution
-    mark, final = "####", f"#### {problem.answer}"
+    """The solution in the form that the prompt asks for: the line of the final answer is added
+    where its mark is missing, and </think> where the prompt's end opened <think> [ours]. One that
+    states another answer stays as it is, for the verifier to reject."""
+    text, mark, final = problem.solution, "####", f"#### {problem.answer}"
     if "\\boxed" in instruction:
         mark, final = "\\boxed", f"\\boxed{{{problem.answer}}}"
     if mark not in text and (extract_answer(text) is None or correct(text, problem)):
@@ -238,7 +232,7 @@ def in_form(problem, instruction, prompt):
 
 def write_solutions(problems, cfg, instruction, path):
     """--golden MODEL: solutions sampled from it, only verified ones, for the problems that this run
-    can meet; a file with the columns of a data set."""
+    can meet -> a file with the columns of a data set"""
     teacher, tok = load_model(cfg.golden, cfg, flag="--golden")
     n = len(problems) if cfg.dynamic_sampling else min(len(problems), cfg.steps * cfg.prompts)
     met = [replace(p) for p in islice(problem_stream(problems, 0, cfg.seed), n)]
@@ -249,7 +243,7 @@ def write_solutions(problems, cfg, instruction, path):
     rows = {}
     for i, s in enumerate(samples):
         p = met[i // GOLDEN_TRIES]
-        if s.finished and correct(s.text, p) and (p.question, p.answer) not in rows:
+        if s.finished and correct(s.text, p):  # of several, the last
             rows[p.question, p.answer] = dict(question=p.question, answer=p.answer, solution=s.text)
     write_rows(path, rows.values())
 
@@ -318,11 +312,9 @@ def policy_loss(logp, old_logp, ref_logp, A, mask, cfg, n_seq, n_tok):
     return -J, (cut * mask).sum(1) / length, kl.detach().sum(1) / length
 
 
-# --------------------------------------------------------------------------------- 4. evaluation
-# Greedy accuracy on held-out problems, and mean@k, pass@k, maj@k with --eval_samples k:
-# common.evaluate with the verifier above. The paper reports mean@32 on AIME-2024 [2nd: KR].
-
-# ---------------------------------------------------------------------------------- 5. the loop
+# ------------------------------------------------------------------- 4. evaluation, 5. the loop
+# The evaluation is common.evaluate with the verifier above. The paper reports mean@32 on AIME-2024,
+# which is --eval_samples 32 here [2nd: KR].
 
 
 @one_line
@@ -333,11 +325,7 @@ def main(argv=None):
     golden = golden_answers(train, tok, cfg, instruction)
     reference = frozen_reference(policy) if cfg.kl_beta else None
     opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
-
-    def test():
-        return evaluate(policy, tok, held_out, cfg, correct)[0]
-
-    state = run.start(policy, opt, test)
+    state = run.start(policy, opt, lambda: evaluate(policy, tok, held_out, cfg, correct)[0])
     for step in run.steps(cfg.steps):
         # 1-3. sample, verify, repair; with dynamic sampling until B groups have contrast
         sampled, groups, rounds = [], [], 0
@@ -358,9 +346,9 @@ def main(argv=None):
         rewards = torch.tensor([g.rewards for g in groups], device=cfg.device)
         A = group_advantages(rewards.view(-1, cfg.group)).flatten()                # (N,)
 
-        # 5. log-probs of the repaired batch under the old policy, golden answers included [ours];
-        #    with one update they are the current ones, which step 6 computes anyway
-        old = batch_logps(policy, batch, cfg) if cfg.updates > 1 and batch else None         # (N, L)
+        # 5. log-probs (N, L) under the old policy, of golden answers, too [ours], and under the
+        #    reference; with one update the old ones are the current ones, see step 6
+        old = batch_logps(policy, batch, cfg) if cfg.updates > 1 and batch else None
         ref = reference_logps(policy, reference, batch, cfg) if cfg.kl_beta and batch else None
 
         # 6. one optimizer step per mini-batch; without advantage and KL no forward is needed
@@ -385,10 +373,10 @@ def main(argv=None):
                                     [c for g in sampled for c in g.correct], cfg.group, state))
         run.add({"reward/mean": [g.rewards for g in sampled], "sample/rounds": rounds,
                  "groups/golden": [g.golden is not None for g in groups]})
-        run.end_step(policy, opt, test, [
+        run.end_step([
             {"prompt": g.problem.question, "response": g.samples[i].text, "reward": g.rewards[i],
              "golden": i == g.golden} for g in groups[:4] for i in sorted({0, g.golden or 0})])
-    run.finish(policy, tok, test)
+    run.finish(policy, tok)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ WHAT IS KNOWN OF THE PAPER
     D14 reward: correct AND exactly one final-answer mark [code: one \\boxed{; "####" ours];
         accuracy does not ask for the form [evaluation: code; in training: ours]
     D15 votes: sum per class of equal answers; ties by the larger class, then the first [ours]
-    D16 of the common flags, lr, temperature, group and the gradient clip equal the code's; it has 128
-        prompts, 8192 new tokens and weight decay 0.01 where we have 16, 1024 and none
+    D16 of the common flags, lr, temperature, group and the gradient clip equal the code's; it has
+        128 prompts, 8192 new tokens and weight decay 0.01 where we have 16, 1024 and none
 
 SHAPES  B prompts, G solutions each, N = B*G rows, L columns; row i belongs to prompt i // G.
 RUN     python laser.py                               # tiny model, CPU, offline, minutes
@@ -82,9 +82,9 @@ from matplotlib.figure import Figure
 
 import common
 from common import (
-    Run, arg, autocast, causal_lm, extract_answer, fail, frozen_reference, hidden_states, micro_batches,
-    mismatch, one_line, parse_config, problem_stream, reference_policy, response_logps, same_answer,
-    sample, sampling_statistics, set_up, stop_ids, take, trained, update, vote,
+    Run, arg, autocast, causal_lm, extract_answer, fail, frozen_reference, hidden_states,
+    micro_batches, mismatch, one_line, parse_config, problem_stream, reference_policy,
+    response_logps, same_answer, sample, sampling_statistics, set_up, stop_ids, take, trained, update, vote,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -496,11 +496,8 @@ def main(argv=None):
         print(f"note: plain GRPO throughout, --steps {cfg.steps} does not exceed "
               f"--reasoning_warmup_steps {cfg.reasoning_warmup_steps}")
     opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
-
-    def test():
-        return evaluate(policy, reference, tok, held_out, z, cfg, run.folder)
-
-    state = run.start(policy, opt, test)
+    state = run.start(policy, opt, lambda: evaluate(policy, reference, tok, held_out, z, cfg,
+                                                    run.folder))
     for step in run.steps(cfg.steps):
         loss_on, mixing_on = phases(step, cfg)
 
@@ -554,11 +551,11 @@ def main(argv=None):
             if right.any() and not right.all():
                 run.add({"verify/f1": verify_f1(scored, right)[0]})
 
-        run.end_step(policy, opt, test, [
+        run.end_step([
             {"prompt": problems[i // cfg.group].question, "response": batch[i].text,
              "reward": r[i].item(), "score": score[i].item() if loss_on else None}
             for i in range(0, len(batch), cfg.group)][:4])
-    run.finish(policy, tok, test)
+    run.finish(policy, tok)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ WHAT IS KNOWN OF THE PAPER
         reward, with 8192, and adds it nowhere
     D8  deep enough: every constraint is named in the thinking before and after the draft, which is
         the longest passage that it shares with the answer
-    D9  fluent: a rule on repetition; --judge MODEL rates with a prompt of ours on the code's scale,
-        6 or more is fluent. One response per draw of a prompt; TRIES bounds the cost
+    D9  fluent: a rule on repetition [ours; the code's judge of fluency is never called]. One
+        response per draw of a prompt; TRIES bounds the cost
     D10 D starts from the first model, not from Zero-RL's, whose responses it learns from. The
         selection is within each response [code: one per device]; the loss is the mean over the
         selected tokens of a step; 1 % linear warm-up, cosine [code]. --sft none goes on from
@@ -72,8 +72,6 @@ SHAPES  B prompts, G responses each, n rows of L columns; R (B, G), A (B*G,), lo
         weights w and coefficients (n, L). A constraint is (IFEval's id, its keyword arguments).
 RUN     python light_if.py                              # tiny model, CPU, offline, minutes
         python light_if.py --method grpo                # the baseline in the same loop
-        python light_if.py --stage sft+ --sft plain --products runs/light_if-tiny-light_if-s0 \\
-            --out runs/plain                            # from stage D on, what was before is shared
         python light_if.py --model Qwen3-1.7B           # one CUDA GPU; IFEval is held out
         python light_if.py --model Qwen2.5-7B-Instruct --lora
 """
@@ -123,8 +121,8 @@ class Config(common.Config):
     pool: int = arg(5000, "prompts to synthesise [code: rl/README.md: 5k in stage 1]")
     pass_samples: int = arg(8, "K, responses per prompt that measure its pass rate [ours]")
     # B, C, D
-    zero_rl: bool = arg(True, "Zero-RL: the cold start is sampled from a model that has learned to "
-                              "check, not from --model itself")
+    zero_rl: bool = arg(True, "Zero-RL: the cold start is sampled from a model that has learned "
+                              "to check, not from --model itself")
     zero_steps: int = arg(100, "rollout steps of Zero-RL, half easy, half hard prompts [ours]")
     cold_start: int = arg(2000, "examples of the cold start [code: cold-start-2k.json]")
     sft: Literal["entropy", "plain", "none"] = arg(
@@ -138,8 +136,8 @@ class Config(common.Config):
     reward: Literal["dense", "sparse"] = arg("dense", "all met + weights of those met, or all met")
     tea: Literal["released", "length_scaled", "uniform", "off"] = arg(
         "length_scaled", "token-wise entropy term of TEA-RL (D11)")
-    tea_coef: float = arg(10 / 8192, "its strength: what the released 10 is per token at the code's "
-                                     "8192 tokens; default with --tea released: 10 [code] (D11)")
+    tea_coef: float = arg(10 / 8192, "its strength; what the code's 10 is per token at its 8192 "
+                                     "tokens; default with --tea released: 10 [code] (D11)")
     curriculum: bool = arg(True, "easy prompts first, then hard ones; off: always both [code]")
     updates: int = arg(4, "optimizer steps per rollout batch [code: 128 prompts, 32 per step]")
     kl_coef: float = arg(0.001, "of the k3 KL to the policy that a stage began with [code: 0.001]")
@@ -160,8 +158,8 @@ METHODS = {  # what differs from the defaults above
 }
 # The tiny model's own values, used where no flag was given.
 TINY = dict(dataset="tiny", eval_dataset="tiny", device="cpu", steps=40, zero_steps=40, pool=1500,
-            prompts=32, max_new_tokens=160, micro_tokens=1024, lr=3e-4, updates=1, cold_start=384, sft_batch=16,
-            sft_lr=5e-4, eval_size=0, eval_samples=2, eval_every=20, save_every=20,
+            prompts=32, max_new_tokens=160, micro_tokens=1024, lr=3e-4, updates=1, cold_start=384,
+            sft_batch=16, sft_lr=5e-4, eval_size=0, eval_samples=2, eval_every=20, save_every=20,
             grpo=dict(steps=80), sft_grpo=dict(steps=80))
 RL_STAGES = {"zero_easy": 1, "zero_hard": 2, "easy": 4, "hard": 5}
 SEED_COLUMNS = ("instruction", "prompt", "question")
@@ -959,7 +957,7 @@ def extract(model, tasks, cfg, path):
     write_rows(path, rows)
 
 
-def begin(run, name, start, steps):
+def begin(run, name, start, steps, test):
     """A training stage: the policy of the folder `start`, or, where the run was killed in this
     stage, what the checkpoint has. -> policy, tokenizer, optimizer, reference"""
     cfg = run.cfg
@@ -967,8 +965,9 @@ def begin(run, name, start, steps):
     policy, tok = load_model(str(start), cfg, cfg.lora)
     reference = frozen_reference(policy) if cfg.kl_coef and name != "sft" else None
     opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
+    run.model, run.opt, run.test = policy, opt, partial(test, policy, tok)
     if run.state["stage"] == name:
-        run.restore(policy, opt)
+        run.restore()
     else:
         run.state |= {"stage": name, "began": run.state["step"], "position": 0}
         print(f"stage {name}: {steps} steps from {start}")
@@ -998,7 +997,7 @@ def fine_tune(run, start, rows, test):
     steps = math.ceil(cfg.sft_epochs * len(rows) / cfg.sft_batch)
     if folder := finished(run, name, start, steps):
         return folder
-    policy, tok, opt, _ = begin(run, name, start, steps)
+    policy, tok, opt, _ = begin(run, name, start, steps, test)
     tasks = [Task(r["prompt"], "", r["response"]) for r in rows]
     tasks = render(policy, tok, tasks, "cold start", cfg)
     examples = as_samples(tok, [t.prompt for t in tasks], [t.solution for t in tasks])
@@ -1021,7 +1020,7 @@ def fine_tune(run, start, rows, test):
                                 (1 + math.cos(math.pi * done / steps)) / 2)
         run.add({"stage/number": 3, "sft/loss": total,
                  "optim/grad_norm": update(opt, cfg, f"{step} (SFT)", [rate])})
-        run.end_step(policy, opt, partial(test, policy, tok))
+        run.end_step()
     return leave(run, name, policy, tok)
 
 
@@ -1031,7 +1030,7 @@ def reinforce(run, name, start, tasks, steps, test):
     if folder := finished(run, name, start, steps):
         return folder
     cfg, zero = run.cfg, name.startswith("zero")
-    policy, tok, opt, reference = begin(run, name, start, steps)
+    policy, tok, opt, reference = begin(run, name, start, steps, test)
     state, tea = run.state, "off" if zero else cfg.tea
     tasks = render(policy, tok, tasks, "prompts", cfg)
     for step in run.steps(state["began"] + steps):
@@ -1082,7 +1081,7 @@ def reinforce(run, name, start, tasks, steps, test):
         run.add({"reward/mean": R, "reward/length": r_length if zero else [],
                  "sample/checked": [d > 0 for d in depths], "sample/depth": depths,
                  "stage/number": RL_STAGES[name]})
-        run.end_step(policy, opt, partial(test, policy, tok), [
+        run.end_step([
             {"prompt": batch[i // cfg.group].question, "response": samples[i].text,
              "reward": R.view(-1)[i].item()} for i in range(0, len(samples), cfg.group)][:4])
     return leave(run, name, policy, tok)
@@ -1128,7 +1127,8 @@ def main(argv=None):
     for half, steps in halves(cfg.steps):
         model = reinforce(run, half, model, pools[half], steps, test)
     policy, tok = load_model(str(model), cfg)
-    run.finish(policy, tok, partial(test, policy, tok))
+    run.test = partial(test, policy, tok)
+    run.finish(policy, tok)
 
 
 if __name__ == "__main__":

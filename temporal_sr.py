@@ -33,21 +33,20 @@ WHAT IS KNOWN OF THE PAPER
     itself:
 
     D1  Algorithm 1 takes the minimum over M_0 and M_i, the abstract says that rejected answers are
-        M_0's; we have the algorithm, --strict_anchor has the abstract
+        M_0's; we have the algorithm
     D2  strict comparisons, so that ties stay with M_i [Alg. 1]. Within a pool ties are broken at
         random, with a seeded generator: integer scores tie often, the first index would decide
     D3  a judgement without a valid score is left out and counted, never a 0. A prompt whose r_i
-        have no score has no pair; without scores in r_0 or r_f, M_i's stand in (but not with
-        --strict_anchor)
+        have no score has no pair; without scores in r_0 or r_f, M_i's stand in
     D4  a pair needs a strictly higher score [Alg. 1] and two different texts [App. B: "dedup"]
     D5  an answer cut off by --max_new_tokens may be rejected but not chosen: the maxima are over
         finished answers [ours]; a judgement cut off has no score, or what it quotes last might be
         taken for its verdict [ours]
     D6  the DPO reference of M_f is M_i, too [the notation of Eq. 5]. References are computed once
         per DPO run; M_0, M_i and M_f are copies of the trained weights in CPU memory (LoRA: of the
-        adapters), in the optimizer's float32, and only one of them is on the device
-    D7  one judgement per answer, --judge_samples 3 is [SRLM]; AdamW, no weight decay, gradient norm
-        1 (the paper names none); a prompt has at most 512 tokens [App. D]
+        adapters), and only one of them is on the device
+    D7  one judgement per answer ([SRLM] averages 3); AdamW, no weight decay, gradient norm 1 (the
+        paper names none); a prompt has at most 512 tokens [App. D]
     D8  --prompts 4000 per iteration [Data: 20,000 / 5; elsewhere it says 5k]; chunks are disjoint,
         both phases have the same
     D9  real models: pool = best English first answers of OpenAssistant 1 and 2, then the top-scored
@@ -90,8 +89,8 @@ import common
 from common import (
     Problem, Run, Sample, arg, as_samples, batch_logps, causal_lm, context_of, encode_prompts,
     encode_questions, fail, generator_of, hidden_states, load_model, micro_batches, one_line,
-    parse_config, problem_stream, product, read_json, read_rows, resolve_model, response_logps,
-    sample, save_model, seed_everything, sft_step, text_columns, trained, trained_prompt, update,
+    parse_config, problem_stream, product, read_json, read_rows, response_logps, sample,
+    save_model, seed_everything, sft_step, text_columns, trained, trained_prompt, update,
     write_rows,
 )
 
@@ -213,8 +212,6 @@ def parse(argv):
         fail("--eft_dataset: teaches judging by SFT, and --sft_steps 0 has none")
     if {cfg.eval_dataset, cfg.eft_dataset} & {"tiny", "ultrafeedback"}:
         fail("--eval_dataset and --eft_dataset: give a file or a Hub id")
-    if cfg.judge != "self":
-        resolve_model(cfg.judge, cfg, "--judge")
     return cfg
 
 
@@ -456,8 +453,8 @@ def worst(pool, rng):
 
 
 def anchored_rejection(worst_i, worst_0):
-    """Rejected: M_0's worst answer where min(s_0) < min(s_i), else M_i's [Alg. 1]. None is no answer
-    with a score."""
+    """Rejected: M_0's worst answer where min(s_0) < min(s_i), else M_i's [Alg. 1]. None is no
+    answer with a score."""
     return worst_0 if worst_0 and worst_i and worst_0.score < worst_i.score else worst_i
 
 
@@ -714,7 +711,7 @@ def supervise(policy, tok, ift, eft, cfg, folder):
     for step, rate in enumerate(tqdm(rates, "SFT", disable=None), 1):
         batch = list(islice(stream, cfg.batch))
         losses.append(sft_step(policy, batch, opt, cfg, f"{step} of SFT", [rate])[0])
-    print(f"M_0: {cfg.sft_steps} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}; in {cfg.out}/sft/")
+    print(f"M_0: {cfg.sft_steps} steps of SFT, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     save_model(folder, policy.merge_and_unload() if cfg.lora else policy, tok)
 
 
@@ -857,11 +854,11 @@ def main(argv=None):
         run.add({f"sample/{k}": state[k] for k in ("tokens", "answers", "runs")})
         grade.last = {new: last[k] for k, new in (("gap/grader", "score_gap"),
                                                   ("pairs/similarity", "similarity")) if k in last}
-        run.end_step(policy, None, grade.evaluate, [
+        run.end_step([
             {"prompt": p.question, "response": c.sample.text, "reward": c.score, "role": role,
              "source": c.source, "judgement": c.judgement}
             for p, *both in D_2[:2] for role, c in zip(("chosen", "rejected"), both)])
-    run.finish(policy, tok, grade.evaluate)
+    run.finish(policy, tok)
 
 
 def pair_statistics(models, grade, pools, D_1, D, step, cfg):

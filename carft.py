@@ -83,14 +83,14 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
+from transformers import set_seed
 
 import common
 from common import (
     Run, arg, as_number, as_samples, causal_lm, collate, evaluate, extract_answer, fail,
     frozen_reference, hidden_states, load_model, micro_batches, mismatch, one_line, parse_config,
     problem_stream, product, reference_logps, response_logps, same_answer, sample,
-    sampling_statistics, save_model, seed_everything, set_up, sft_step, take, trained,
-    trained_prompt, update,
+    sampling_statistics, save_model, set_up, sft_step, take, trained, trained_prompt, update,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -582,13 +582,13 @@ def main(argv=None):
     if cfg.sft_epochs:
         sft = product(Path(cfg.out).resolve() / "sft",
                       lambda to: warm_up(policy, tok, train, cfg, to))
-        seed_everything(cfg)  # for the adapters, whether the SFT policy was there or not
+        set_seed(cfg.seed)  # for the adapters, whether the SFT policy was there or not
         policy, tok = load_model(str(sft), cfg, cfg.lora)
 
     # stage 2
     ppo, contrast = cfg.method in ("carft", "reft"), cfg.cl_coef > 0
     heads = Heads(causal_lm(policy).config.hidden_size, cfg.head).to(cfg.device)
-    seed_everything(cfg)  # whatever was drawn so far, all methods sample alike from here on
+    set_seed(cfg.seed)  # whatever was drawn so far, all methods sample alike from here on
     learners = torch.nn.ModuleList([policy, heads])
     reference = frozen_reference(policy) if ppo else None
     opt = torch.optim.AdamW([{"params": [p for _, p in trained(m)]} for m in learners], lr=cfg.lr,

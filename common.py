@@ -1,15 +1,12 @@
 """Plumbing shared by the five scripts. Nothing in here carries an equation number of a paper.
 
-In the order in which a run meets it:
-    command line - models - data - sampling - log-probabilities - answers - evaluation - run folder
-
+In order: command line, models, data, sampling, log-probabilities, answers, evaluation, run folder.
 SHAPES  B prompts, G responses each, N = B*G rows, L columns (prompt + response), V vocabulary.
         Row i belongs to prompt i // G. Log-probabilities are in nats.
 """
 
 import argparse
 import copy
-import errno
 import functools
 import hashlib
 import json
@@ -18,7 +15,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import statistics
@@ -39,9 +35,10 @@ import matplotlib
 import torch
 import transformers
 from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, set_seed
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 transformers.logging.set_verbosity_error()
@@ -52,8 +49,9 @@ matplotlib.rcParams["text.parse_math"] = False  # a level of the data may have a
 
 
 def arg(default, help):
-    """A dataclass field whose help says what it is and, in brackets, where its value is from."""
-    return HfArg(default=default, help=help.replace("%", "%%"))
+    """A dataclass field whose help says what it is, where its value is from, and the value."""
+    value = "" if default == "" else " (default: %(default)s)"
+    return HfArg(default=default, help=help.replace("%", "%%") + value)
 
 
 @dataclass
@@ -70,11 +68,10 @@ class Config:
     model: str = arg("tiny", "tiny, a folder, a Hub id, or a bare name such as Qwen2.5-1.5B")
     dataset: str = arg("gsm8k", "tiny, gsm8k, svamp, math500, aime24, aime25, amc23, a Hub id, or "
                                 "a .jsonl/.json/.parquet file")
-    eval_dataset: str = arg("", "held-out problems, named the same way; default: the test split "
-                                "of --dataset, or rows held out from it")
+    eval_dataset: str = arg("", "held-out problems; default: the test split of --dataset, or rows "
+                                "held out from it")
     eval_size: int = arg(200, "evaluate on the first so many held-out problems, 0 = all [ours]")
-    eval_samples: int = arg(0, "k: also sample k responses per held-out problem and report "
-                               "mean@k, pass@k, maj@k; 0 = greedy accuracy only [ours]")
+    eval_samples: int = arg(0, "k: also sample k responses per held-out problem (mean@k, ...)")
     # sampling
     steps: int = arg(200, "rollout steps [ours]")
     prompts: int = arg(16, "B, prompts per step [ours]")
@@ -88,10 +85,9 @@ class Config:
     lora: bool = arg(False, "train LoRA adapters (peft), which usually want a larger --lr")
     # run
     seed: int = arg(0, "of data order and sampling")
-    device: str = arg("auto", "whatever torch knows: cpu, cuda, cuda:1, mps; auto is cuda where "
-                              "there is one, else cpu")
+    device: str = arg("auto", "what torch knows: cpu, cuda, cuda:1, mps; auto: cuda, else cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = arg(
-        "auto", "of matrix products (autocast); auto is float32 on a CPU, else bfloat16")
+        "auto", "of matrix products (autocast); auto: float32 on a CPU, else bfloat16")
     out: str = arg("", "run folder; default: runs/<script>-<model>-<method>-s<seed>")
     eval_every: int = arg(20, "evaluate every so many steps, 0 = only before and after")
     save_every: int = arg(20, "checkpoint every so many steps, 0 = only at the end")
@@ -104,36 +100,37 @@ def fail(message):
     raise SystemExit(2)
 
 
-class Parser(HfArgumentParser):
-    def error(self, message):
-        fail(f"{message} (see --help)")
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the docstring as it is, and the value that a flag will have."""
-
-
 def parse_config(cls, script, doc, tiny, methods, argv=None):
     """The command line -> a `cls`. A flag's value is, in this order: what was typed, that of `tiny`
     (with the tiny model only; entries named after a method hold for that method), that of
     methods[--method], the default of its field. With --resume DIR the values of DIR/config.json
-    take the place of the last three, and only --steps and --device may be typed with another.
-    """
+    take the place of the last three, and only --steps and --device may be typed with another."""
     argv = sys.argv[1:] if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag, default in (("--model", "tiny"), ("--method", cls.method), ("--resume", "")):
         peek.add_argument(flag, nargs="?", default=default)
     chosen = peek.parse_known_args(argv)[0]
-    parser = Parser(cls, description=doc, allow_abbrev=False, formatter_class=Formatter)
+    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (see --help)")
     values = methods.get(chosen.method, {})
     if chosen.model == "tiny":
         values = values | tiny | tiny.get(chosen.method, {})
     parser.set_defaults(**{k: v for k, v in values.items() if not isinstance(v, dict)})
-    saved = saved_flags(cls, script, chosen.resume) if chosen.resume else []
+    saved = []
+    if chosen.resume:
+        try:
+            about = json.loads((Path(chosen.resume) / "config.json").read_text())
+            config = about["config"] | {"out": chosen.resume, "resume": chosen.resume}
+            saved = [f"--{k}={v}" for k, v in config.items() if k in cls.__dataclass_fields__]
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            fail(f"--resume {chosen.resume}: no config.json of a run in it ({e})")
+        if about["script"] != script:
+            fail(f"--resume {chosen.resume}: was made by {about['script']}.py, not by {script}.py")
     cfg = cls(**vars(parser.parse_args([*saved, *argv])))
     known = vars(parser.parse_args(saved)) if saved else asdict(cfg)
     for name, x in asdict(cfg).items():
-        if x != known[name] and name not in ("steps", "device", "resume"):
+        if x != known[name] and name not in ("steps", "device"):
             fail(f"--resume {cfg.resume}: it was run with --{name} {known[name]}, not {x}; leave "
                  "the flag out, or start a new run")
         if isinstance(x, int | float) and not (name in cls.negative or 0 <= x < math.inf):
@@ -153,26 +150,13 @@ def parse_config(cls, script, doc, tiny, methods, argv=None):
     return cfg
 
 
-def saved_flags(cls, script, folder):
-    """The flags of the run in a folder, as they could have been typed."""
-    try:
-        about = json.loads((Path(folder) / "config.json").read_text())
-        if about["script"] != script:
-            fail(f"--resume {folder}: was made by {about['script']}.py, not by {script}.py")
-        return [f"--{k}={v}" for k, v in (about["config"] | {"out": folder}).items()
-                if k in cls.__dataclass_fields__ and k != "resume"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        fail(f"--resume {folder}: no config.json of a run in it ({e}); name a run folder")
-
-
 # --------------------------------------------------------------------------------------- models
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 ONE_THREAD = 10**6  # parameters up to which a second CPU thread mostly waits [ours]
 MAX_GRAD_NORM = 1.0  # the gradient is clipped to it [ours]
 ORGANISATIONS = {"Qwen": "Qwen", "Llama-3": "meta-llama", "Mistral": "mistralai",
-                 "CodeLlama": "codellama", "DeepSeek-R1-Distill": "deepseek-ai",
-                 "OctoThinker": "OctoThinker"}
+                 "DeepSeek-R1-Distill": "deepseek-ai", "OctoThinker": "OctoThinker"}
 
 
 @functools.cache
@@ -196,15 +180,15 @@ def load_model(name, cfg, lora=False, flag="--model"):
     if name == "tiny":
         path = str(TINY_FOLDER / cfg.tiny_files["model"])
     elif "/" not in name and not Path(name).is_dir():
-        path = next((f"{organisation}/{name}" for prefix, organisation in ORGANISATIONS.items()
-                     if name.startswith(prefix)), name)
+        organisations = [org for x, org in ORGANISATIONS.items() if name.startswith(x)]
+        path = f"{organisations[0]}/{name}" if organisations else name
     if not Path(path).is_dir():
         find_hub()
     in_full = flag == "--model" and not lora
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        for dropout in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
-            setattr(config, dropout, 0.0)
+        for name in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
+            setattr(config, name, 0.0)
         if in_full and torch.device(cfg.device).type == "cuda":
             check_memory(config, cfg, what)
         tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -215,18 +199,14 @@ def load_model(name, cfg, lora=False, flag="--model"):
         fail(f"{what}: {str(e) or repr(e):.400}")
     if tok.eos_token_id is None:
         fail(f"{what}: its tokenizer has no EOS token, so no response could ever end")
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token  # masks are built from positions, so this is harmless
+    tok.pad_token = tok.pad_token or tok.eos_token  # harmless: masks are built from positions
     model.generation_config.suppress_tokens = None  # a script's choice, not the checkpoint's
     model.compute_dtype = getattr(torch, cfg.dtype)
     if flag == "--model" and model.num_parameters() <= ONE_THREAD:
         torch.set_num_threads(1)
-    probe = torch.tensor([[tok.eos_token_id]], device=cfg.device)
-    with torch.no_grad():
-        direct = model.get_output_embeddings()(model.base_model(probe).last_hidden_state)
-        if not torch.allclose(direct, model(probe).logits, rtol=1e-2, atol=1e-2):
-            fail(f"{what}: {config.model_type} changes its logits after the LM head (soft-capping "
-                 "or scaling), which these scripts do not support")
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1.0):
+            fail(f"{what}: has logits behind the LM head ({name}), which is not supported")
     if not lora:
         return model, tok
     from peft import LoraConfig, get_peft_model
@@ -240,9 +220,8 @@ def load_model(name, cfg, lora=False, flag="--model"):
 
 
 def check_memory(config, cfg, what):
-    """Ends the program before anything is loaded if a GPU cannot hold what training in full takes
-    per weight: 4 bytes for the weight, 4 for its gradient, 8 for AdamW's two moments, and 2 for the
-    copy that bfloat16 autocast makes. Activations come on top."""
+    """Ends the program if a GPU cannot hold what training in full takes per weight: 4 bytes for the
+    weight, 4 for its gradient, 8 for AdamW's moments, 2 for the copy of bfloat16 autocast."""
     with torch.device("meta"):  # takes no memory
         n = AutoModelForCausalLM.from_config(config).num_parameters()
     need = n * (18 if cfg.dtype == "bfloat16" else 16) / 1e9
@@ -267,7 +246,7 @@ def trained_prompt(model, name, default=None):
     """A prompt that the model was trained with, in its config.json under "prompts": `instruction`
     follows a question whose answer is verified, `judge` asks temporal_sr.py's judge. [ours: a small
     model knows the words of its training only]"""
-    return (getattr(causal_lm(model).config, "prompts", None) or {}).get(name, default)
+    return getattr(model.config, "prompts", {}).get(name, default)
 
 
 def stop_ids(model, tok):
@@ -334,15 +313,11 @@ def save_model(folder, model, tok):
 
 HASHES = "Reason step by step. Write the final answer on the last line, after ####."
 BOXED = "Reason step by step, and put the final answer within \\boxed{}."
-# name: (Hub id, config, train split, test split, instruction that follows the question)
-HUB_DATA = {
-    "gsm8k": ("openai/gsm8k", "main", "train", "test", HASHES),
-    "svamp": ("ChilleD/SVAMP", None, "train", "test", HASHES),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test", "test", BOXED),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train", "train", BOXED),
-    "aime25": ("math-ai/aime25", None, "test", "test", BOXED),
-    "amc23": ("math-ai/amc23", None, "test", "test", BOXED),
-}
+# name: (Hub id, its config, instruction that follows a question)
+HUB_DATA = {"gsm8k": ("openai/gsm8k", "main", HASHES), "svamp": ("ChilleD/SVAMP", None, HASHES),
+            "math500": ("HuggingFaceH4/MATH-500", None, BOXED),
+            "aime24": ("HuggingFaceH4/aime_2024", None, BOXED),
+            "aime25": ("math-ai/aime25", None, BOXED), "amc23": ("math-ai/amc23", None, BOXED)}
 # A value may stand in columns of these names; the first match wins.
 QUESTION = {"question": ("question_concat", "question", "problem", "prompt")}
 SOLUTION = {"answer": ("answer", "answer_value", "final_answer"),
@@ -363,74 +338,59 @@ class Problem:
 
 def read_rows(cfg, name, split, flag):
     """The rows that `name` stands for, as a list of dicts: tiny (`split` is a name in tiny_files),
-    another built-in name, a Hub id or a local file. None where the test split of --dataset is asked
-    for and it has none."""
-    hub_id, config, train, test, _ = HUB_DATA.get(name, (name, None, "train", "test", ""))
-    own_test = split == "test" and flag == "--dataset"
-    if own_test and (train == test or Path(name).is_file()):
-        return None
-    if name == "tiny":
-        hub_id = str(TINY_FOLDER / cfg.tiny_files[split])
-    kind = Path(hub_id).suffix.lower()
-    if kind in (".jsonl", ".json"):
-        return read_json(hub_id, f"{flag} {name}")
-    if kind != ".parquet":
+    another built-in name, a Hub id or a local file. Data with a single split has `train` only;
+    None where `split` is another."""
+    what = f"{flag} {name}"
+    file = TINY_FOLDER / cfg.tiny_files[split] if name == "tiny" else Path(name)
+    if file.suffix in (".jsonl", ".json"):
+        return read_json(file, what) if split == "train" or name == "tiny" else None
+    if file.suffix != ".parquet":
         find_hub()
     import datasets  # after find_hub: it reads the offline switch on import
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    hub_id, config, _ = HUB_DATA.get(name, (name, None, None))
     try:
-        if kind == ".parquet":
-            return list(datasets.load_dataset("parquet", data_files=name, split="train"))
-        parts = datasets.load_dataset(hub_id, config)
-        wanted = test if split == "test" else train
-        if own_test and wanted not in parts:
-            return None
-        return list(parts[wanted] if wanted in parts else next(iter(parts.values())))
+        parts = (datasets.load_dataset("parquet", data_files=name) if file.suffix == ".parquet"
+                 else datasets.load_dataset(hub_id, config))
     except Exception as e:  # many libraries' errors, all bad input here
-        fail(f"{flag} {name}: no built-in name, file or Hub id that could be read (see --help): "
+        fail(f"{what}: no built-in name, file or Hub id that could be read (see --help): "
              f"{str(e.__cause__ or e):.300}")
+    parts = parts if "train" in parts else {"train": next(iter(parts.values()))}
+    return list(parts[split]) if split in parts else None
 
 
 def read_json(path, what):
-    """Rows of a JSON file, a list of objects, or of a JSON lines file; all have all columns."""
+    """Rows of a JSON lines file, or of a JSON file, a list of objects."""
     rows, number = [], 0
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        whole = text.lstrip().startswith("[")
-        for number, part in enumerate([text] if whole else text.split("\n"), 1):
-            rows += [json.loads(part)] if part.strip() else []
+        lines = [text] if text.lstrip().startswith("[") else text.split("\n")
+        for number, line in enumerate(lines, 1):
+            value = json.loads(line) if line.strip() else []
+            rows += value if isinstance(value, list) else [value]
+            if not all(isinstance(row, dict) for row in rows[-1:] + rows[:1]):
+                raise ValueError("it is not an object with a value for every column")
     except (OSError, ValueError, RecursionError) as e:
-        fail(f"{what}: cannot be read as JSON, line {number}: {e}")
-    rows = rows[0] if whole else rows
-    for at, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            fail(f"{what}: row {at} is not an object with a value for every column")
-    names = dict.fromkeys(name for row in rows for name in row)
-    if not names:
-        fail(f"{what}: no rows in it")
-    return [{name: row.get(name) for name in names} for row in rows]
+        fail(f"{what}: row {number} cannot be read: {e}")
+    return rows or fail(f"{what}: no rows in it")
 
 
 def text_columns(rows, what, needed, optional=None):
     """The texts in the columns of rows. `needed` and `optional` map a name to the columns that may
     hold it: the first match wins, upper and lower case alike. -> a list of {name: text}, "" where a
     value is missing. Ends the program where a needed column is missing, or is not of text."""
-    have = {c.lower(): c for c in rows[0]}
-    column = {k: next((have[c] for c in names if c in have), None)
-              for k, names in (needed | (optional or {})).items()}
-    for name in needed:
-        if column[name] is None:
-            fail(f"{what}: no {name} column; it needs one of {needed[name]}, but has "
-                 f"{tuple(rows[0])[:20]}")
-    texts = []
+    have, column = {c.lower(): c for row in rows for c in row}, {}
+    for name, names in (needed | (optional or {})).items():
+        column[name] = next((have[c] for c in names if c in have), None)
+        if name in needed and column[name] is None:
+            fail(f"{what}: no {name} column; it needs one of {names}, but has {[*have.values()]}")
     for number, row in enumerate(rows, 1):
-        values = {k: row.get(c) for k, c in column.items()}
-        if not all(isinstance(v, str | int | float | None) for v in values.values()):
+        if not all(isinstance(row.get(c), str | int | float | None) for c in column.values()):
             fail(f"{what}: row {number} has neither text nor a number in {tuple(column.values())}")
-        texts.append({k: "" if v is None else str(v).strip() for k, v in values.items()})
-    return texts
+    return [{name: "" if row.get(c) is None else str(row[c]).strip() for name, c in column.items()}
+            for row in rows]
 
 
 def to_problems(rows, what):
@@ -447,8 +407,8 @@ def to_problems(rows, what):
         if question and answer:
             problems.append(Problem(question, answer, solution, row["level"]))
     if not problems:
-        fail(f"{what}: no row has both a question and an answer; answers are looked for in the "
-             f"columns {SOLUTION['answer'] + SOLUTION['solution']}, and it has {tuple(rows[0])}")
+        fail(f"{what}: no row has both a question and an answer; answers are looked for in "
+             f"{SOLUTION['answer'] + SOLUTION['solution']}, and it has {tuple(rows[0])}")
     return problems
 
 
@@ -459,23 +419,20 @@ def load_problems(cfg):
         return rows and to_problems(rows, f"{flag} {name}")
 
     train = load(cfg.dataset, "train", "--dataset")
-    flag = "--eval_dataset" if cfg.eval_dataset else "--dataset"
-    held_out = load(cfg.eval_dataset or cfg.dataset, "test", flag)
+    if cfg.eval_dataset:
+        held_out = (load(cfg.eval_dataset, "test", "--eval_dataset")
+                    or load(cfg.eval_dataset, "train", "--eval_dataset"))
+    else:
+        held_out = load(cfg.dataset, "test", "--dataset")
     if held_out is None:
         random.Random(0).shuffle(train)  # not cfg.seed: every seed holds out the same rows
         held_out = train[:min(200, len(train) // 5)]
     asked = {p.question for p in held_out}
     train, rows = [p for p in train if p.question not in asked], len(train)
-    print(f"{cfg.dataset}: {len(held_out)} held-out problems; {len(train)} of {rows} rows are to "
-          "train on, the others are held out")
+    print(f"{cfg.dataset}: {len(train)} of {rows} problems to train on, {len(held_out)} held out")
     if not train or not held_out:
         fail(f"--dataset {cfg.dataset}: no problem left to {'evaluate' if train else 'train'} on")
     return train, held_out[:cfg.eval_size or None]
-
-
-def context_of(model):
-    """The most tokens that the model can read."""
-    return getattr(causal_lm(model).config, "max_position_embeddings", math.inf)
 
 
 def encode_prompts(problems, model, tok, instruction, max_new_tokens, what):
@@ -483,18 +440,12 @@ def encode_prompts(problems, model, tok, instruction, max_new_tokens, what):
     ids = encode_questions(tok, [f"{p.question}\n{instruction}".strip() for p in problems])
     for p, prompt in zip(problems, ids):
         p.prompt = tuple(prompt)
-    kept = [p for p in problems if len(p.prompt) + max_new_tokens <= context_of(model)]
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    kept = [p for p in problems if len(p.prompt) + max_new_tokens <= context]
     if len(kept) < len(problems):
-        note = (f"{what}: with --max_new_tokens {max_new_tokens} {len(problems) - len(kept)} of "
-                f"{len(problems)} prompts do not fit the context of {context_of(model)} tokens")
-        print(note) if kept else fail(note)
+        (print if kept else fail)(f"{what}: {len(problems) - len(kept)} of {len(problems)} prompts "
+                                  f"+ {max_new_tokens} tokens exceed the context of {context}")
     return kept
-
-
-def seed_everything(cfg):
-    """Seeds the generators that a checkpoint keeps."""
-    random.seed(cfg.seed)
-    torch.manual_seed(cfg.seed)
 
 
 def set_up(cfg, template=None):
@@ -502,15 +453,14 @@ def set_up(cfg, template=None):
     instruction that follows their questions: what the model was trained with, else the form of the
     final answer, as the solutions have it. `template`: the paper's own prompt, a chat template,
     which takes the place of both unless the model was trained with another."""
-    seed_everything(cfg)
+    set_seed(cfg.seed)
     train, held_out = load_problems(cfg)
     policy, tok = load_model(cfg.model, cfg, cfg.lora)
-    boxed = any("\\boxed" in p.solution for p in train)
-    form = BOXED if boxed else HASHES
+    form = BOXED if any("\\boxed" in p.solution for p in train) else HASHES
     form = HUB_DATA[cfg.dataset][-1] if cfg.dataset in HUB_DATA else form
-    instruction = trained_prompt(policy, "instruction", form)
+    instruction = trained_prompt(policy, "instruction", "" if template else form)
     if template and trained_prompt(policy, "instruction") is None:
-        tok.chat_template, instruction = template, ""
+        tok.chat_template = template
     train, held_out = (
         encode_prompts(problems, policy, tok, instruction, cfg.max_new_tokens, what)
         for problems, what in ((train, "training"), (held_out, "evaluation")))
@@ -522,18 +472,11 @@ def defuse(tok, text):
     what stands in data or in a response never becomes a control token. Half a surrogate pair, which
     no tokenizer takes, becomes a question mark."""
     text = text.encode(errors="replace").decode()
-    while present := [t for t in special_tokens(tok) if t in text]:
-        start = len(present[0]) - len(present[0].lstrip()) + 1
-        text = text.replace(present[0], f"{present[0][:start]} {present[0][start:]}")
-    return text
-
-
-@functools.lru_cache(2)  # the policy's and another model's; it keeps a tokenizer in memory
-def special_tokens(tok):
-    """What the tokenizer reads as special tokens, longest first; none of one character or blank."""
     special = {t.content for t in tok.added_tokens_decoder.values() if t.special}
-    special = {t for t in special | set(tok.all_special_tokens) if len(t.strip()) > 1}
-    return sorted(special, key=len, reverse=True)
+    for token in {t.strip() for t in special | {*tok.all_special_tokens}}:
+        if len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 def encode_questions(tok, questions):
@@ -605,16 +548,16 @@ def generator_of(cfg, *names):
 @torch.inference_mode()
 def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=None, rows=ROWS):
     """`group` responses to each prompt from softmax(logits / temperature), nothing else applied
-    (but see `suppress`). Temperature 0 is greedy. -> B*G Samples; sample i is of prompt i // group
-
+    (but see `suppress`); temperature 0 is greedy. -> B*G Samples; sample i is of prompt i // group.
     Prompts of similar length are decoded together, at most `rows` responses at a time, fewer where
-    their KV cache would pass KV_BYTES.
-    """
+    their KV cache would pass KV_BYTES."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    longest = max_new_tokens + max(map(len, prompts), default=0)
-    size = max(1, min(rows, KV_BYTES // (kv_bytes(model) * longest)) // group)
-    starts, done = range(0, len(order), size), {}
-    was_training = model.training
+    longest, c = max_new_tokens + max(map(len, prompts), default=0), model.config
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    kv_bytes = 2 * c.num_hidden_layers * kv_heads * head * model.dtype.itemsize  # of a token
+    size = max(1, min(rows, KV_BYTES // (kv_bytes * longest)) // group)
+    starts, done, was_training = range(0, len(order), size), {}, model.training
     model.eval()  # activation checkpointing switches the KV cache off in training mode
     with autocast(model):  # one for all tokens: it casts each weight once
         for start in tqdm(starts, "sampling", leave=False, disable=len(starts) < 10 or None):
@@ -624,14 +567,6 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
             done |= {i: responses[n * group:(n + 1) * group] for n, i in enumerate(chosen)}
     model.train(was_training)
     return [s for i in range(len(prompts)) for s in done[i]]
-
-
-def kv_bytes(model):
-    """What a token of a row takes in the KV cache, in bytes."""
-    c = causal_lm(model).config
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    return 2 * c.num_hidden_layers * kv_heads * head * model.dtype.itemsize
 
 
 def decode(lm, tok, prompts, group, max_new_tokens, temperature, generator):
@@ -719,23 +654,15 @@ HEAD_FLOATS = 2**24  # logits that exist at a time: 64 MiB in float32
 def collate(samples, device):
     """-> ids (n, L), mask (n, L), right-padded. mask is 1 on response tokens, EOS included, and
     is built from positions: pad and EOS may be the same id. The pad id itself never matters."""
-    length = max(len(s.prompt) + len(s.tokens) for s in samples)
-    ids = torch.zeros(len(samples), length, dtype=torch.long)
-    mask = torch.zeros(len(samples), length)
-    for r, s in enumerate(samples):
-        end = len(s.prompt) + len(s.tokens)
-        ids[r, :end] = torch.tensor([*s.prompt, *s.tokens])
-        mask[r, len(s.prompt):end] = 1
-    return ids.to(device), mask.to(device)
+    ids = [torch.tensor([*s.prompt, *s.tokens]) for s in samples]
+    mask = [torch.tensor([0.0] * len(s.prompt) + [1.0] * len(s.tokens)) for s in samples]
+    return tuple(pad_sequence(x, batch_first=True).to(device) for x in (ids, mask))
 
 
 def micro_batches(samples, cfg, only=None, together=1):
-    """The samples, or those with the indices `only`, in parts that a forward pass can take: rows of
-    similar length, at most cfg.micro_tokens padded tokens each. `together` samples that follow one
-    another, such as a chosen and a rejected response, are never parted, whatever their tokens.
-
-    -> for each part: indices of its n samples, a list; ids (n, L); mask (n, L), see `collate`
-    """
+    """Samples, or those with the indices `only`, in parts for a forward pass: rows of similar
+    length, at most cfg.micro_tokens padded tokens each. `together` samples in a row, such as chosen
+    and rejected, are never parted. -> for each part: indices, a list; ids, mask, see `collate`"""
     only = list(range(len(samples)) if only is None else only)
     units = [only[i:i + together] for i in range(0, len(only), together)]
     size = [max(len(samples[i].prompt) + len(samples[i].tokens) for i in unit) for unit in units]
@@ -749,21 +676,17 @@ def micro_batches(samples, cfg, only=None, together=1):
 
 
 def hidden_states(model, ids):
-    """What the LM head turns into logits: column t predicts token t + 1. (n, L) -> (n, L, H)
-
-    Rows are right-padded, so causal attention alone keeps padding out of every response.
-    """
+    """What the LM head turns into logits: column t predicts token t + 1. (n, L) -> (n, L, H). Rows
+    are right-padded, so causal attention alone keeps padding out of every response."""
     with autocast(model):
         return causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=None):
-    """log pi(ids[:, t] | ids[:, <t]) and the entropy of that distribution. -> 2 x (n, L), float32
-
-    Zero outside `mask`; the entropy is all zero unless asked for. Only masked positions reach the
-    LM head, in chunks whose logits are made again in the backward pass, so that (n, L, V) never
-    exists. `hidden` are the `hidden_states` of `ids`, where they are at hand.
-    """
+    """log pi(ids[:, t] | ids[:, <t]) and, if asked for, the entropy of that distribution -> 2 x
+    (n, L), float32, 0 outside `mask`. Only masked positions reach the LM head, in chunks whose
+    logits are made again in the backward pass, so that (n, L, V) never exists. `hidden` are the
+    `hidden_states` of `ids`, where they are at hand."""
     hidden = hidden_states(model, ids) if hidden is None else hidden
     row, column = mask[:, 1:].nonzero(as_tuple=True)
     lm = causal_lm(model)
@@ -816,13 +739,10 @@ NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
 
 
 def extract_answer(text):
-    """The final answer: what follows the last `\\boxed{`, `####`, `the answer is` or `Answer:`.
-    None if there is no such mark.
-
-    A #### counts at the beginning of a line only. What follows it, or a phrase, may be a heading or
-    a remark (`#### Check`, `the answer is correct`): only if it is a number or a LaTeX expression
-    does it come before an earlier mark, and else a box comes first, then ####, then a phrase.
-    """
+    """The final answer: what follows the last `\\boxed{`, `####` at the beginning of a line, `the
+    answer is` or `Answer:`; None without one. What follows #### or a phrase may be a heading or a
+    remark (`#### Check`, `the answer is right`): unless it is a number or a LaTeX expression, any
+    box comes before it, and #### before a phrase."""
     marks, opened = [], []  # marks: (rank, place, answer)
     for m in re.finditer(r"\\boxed\s*\{|[{}]", text):
         if m[0] != "}":
@@ -834,14 +754,13 @@ def extract_answer(text):
     for m in re.finditer(r"\banswer(?: is:?|:)\s*(?!\\boxed|####)(?=[^\n])", text, re.I):
         said = re.split(r"\n|\.(?:\s|$)", text[m.end():], maxsplit=1)[0]  # to the sentence's end
         marks.append((2 if is_answer(said) else 0, m.end(), said))
-    answer = max(marks)[2] if marks else ""
-    return answer.strip().strip("<>*").strip() or None
+    return marks and max(marks)[2].strip(" \t\n<>*") or None
 
 
 def is_answer(text):
-    """Is it surely an answer: a number, or an expression in LaTeX's dollars or \\boxed?"""
-    text = text.strip().strip("<>*").strip()
-    return as_number(text) is not None or re.search(r"\$.+\$|\\boxed", text) is not None
+    """Is it surely an answer: a number, or nothing but an expression in dollars or \\boxed?"""
+    text = text.strip(" \t<>*.")
+    return as_number(text) is not None or bool(re.fullmatch(r"\$+[^$]+\$+|\$*\\boxed.*", text))
 
 
 def as_number(text):
@@ -904,7 +823,7 @@ def explosive(text):
         tower = tower or re.search(r"\d[\s)}]*\^", text[m.end():end])
     factorials = "!" in re.sub(r"(?<![\d.)}!])\d{1,3}!(?!!)", "", text)
     return bool(tower or factorials or math.prod(exponents) > 10**6
-                or re.search(r"binom|choose|sum|prod|int|lim|Gamma", text))
+                or re.search(r"\\(?:[dt]?binom|choose|sum|prod|i*int|lim|Gamma)", text))
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -912,11 +831,9 @@ def explosive(text):
 
 def evaluate(model, tok, problems, cfg, correct):
     """Greedy accuracy on held-out problems, overall and per level; with cfg.eval_samples = k also
-    mean@k, pass@k and maj@k of k samples to each. `correct(text, problem)` -> bool.
-
-    -> the numbers, and of the B*k Samples themselves which are correct, two lists. They are drawn
-    from a generator of their own, so that evaluating never changes training.
-    """
+    mean@k, pass@k and maj@k of k samples to each. `correct(text, problem)` -> bool. -> the numbers;
+    the B*k Samples; which are correct. They are drawn from a generator of their own, so that
+    evaluating never changes training."""
     prompts, k = [p.prompt for p in problems], cfg.eval_samples
     greedy = sample(model, tok, prompts, 1, cfg.max_new_tokens, 0)
     right = [correct(s.text, p) for s, p in zip(greedy, problems)]
@@ -1003,8 +920,7 @@ def one_line(main):
         except torch.OutOfMemoryError as e:
             fail(f"{e!s:.200}: give --lora, or a smaller --micro_tokens or --max_new_tokens")
         except Exception as e:  # torch, safetensors and tokenizers hide the OSError
-            full = any(getattr(x, "errno", None) == errno.ENOSPC for x in (e, e.__context__))
-            if not full and "No space left" not in str(e):
+            if "No space left" not in f"{e} {e.__context__}":
                 raise
             fail(f"{e!s:.200}: free some space; --resume goes on from the run's last checkpoint")
     return run
@@ -1012,20 +928,16 @@ def one_line(main):
 
 class Run:
     """The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, and at the end
-    curves.png, summary.json and model/.
-
-    `metrics` maps every loggable name (shell wildcards allowed) to a sentence; `curves` maps the
-    title of a panel to the names drawn in it. `state` is a dict of plain values that checkpoints
-    hold; state["step"] counts the steps.
-    """
+    curves.png, summary.json and model/. `metrics` maps every loggable name (shell wildcards
+    allowed) to a sentence; `curves` the title of a panel to the names drawn in it. `state` is a
+    dict of plain values that checkpoints hold; state["step"] counts the steps."""
 
     def __init__(self, cfg, script, metrics, curves):
         self.cfg, self.script, self.metrics, self.curves = cfg, script, metrics, curves
         self.folder, self.started = Path(cfg.out), time.perf_counter()
-        self.state, self.values, self.in_step, self.stopping = {}, {}, False, False
+        self.values, self.in_step, self.stopping = {}, False, False
         if not cfg.resume and (self.folder / LOGS[0]).exists():
-            fail(f"--out {self.folder} holds a run: go on with --resume {self.folder}, or choose "
-                 "another --out")
+            fail(f"--out {cfg.out} holds a run: give --resume {cfg.out}, or another --out")
         git = shutil.which("git") and subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=TINY_FOLDER.parent,
             capture_output=True, text=True).stdout.strip()
@@ -1044,14 +956,11 @@ class Run:
     def ask_to_stop(self, *_):
         """SIGINT and SIGTERM end the program after the step that is being trained, and its
         checkpoint; a second one, and one between the steps, ends it at once."""
-        if self.stopping or not self.in_step:
-            self.stop("what was not finished will be made anew")
-        self.stopping = True
-        print("\nstopping after this step (once more: at once)", file=sys.stderr)
-
-    def stop(self, what):
-        print(f"\nstopped; {what}; go on with: python {self.script}.py --resume "
-              f"{shlex.quote(str(self.folder))}", file=sys.stderr)
+        if self.in_step and not self.stopping:
+            self.stopping = True
+            return print("\nstopping after this step (once more: at once)", file=sys.stderr)
+        print(f"\nstopped; what was not finished will be made anew; go on with: python "
+              f"{self.script}.py --resume {self.folder}", file=sys.stderr)
         raise SystemExit(130)
 
     def add(self, values):
@@ -1117,7 +1026,7 @@ class Run:
             self.draw_curves()
         self.in_step = False
         if self.stopping:
-            self.stop(f"step {step} is in the checkpoint")
+            self.ask_to_stop()
 
     def checkpoints(self):
         """The paths of the checkpoints, the oldest first."""
@@ -1126,10 +1035,10 @@ class Run:
     def save(self):
         """checkpoint/step_<n>.pt, under another name until it is whole: trained weights, optimizer,
         state, random numbers, and the sizes of the logs, so that later rows can be cut off."""
-        generators = random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
         self.state["seconds"] = time.perf_counter() - self.started
-        saved = {"weights": {n: p.detach() for n, p in trained(self.model)},
-                 "optimizer": self.opt and self.opt.state_dict(), "state": self.state, "rng": generators,
+        saved = {"weights": {n: p.detach() for n, p in trained(self.model)}, "state": self.state,
+                 "optimizer": self.opt and self.opt.state_dict(),
+                 "rng": (random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all()),
                  "logs": {log: (self.folder / log).stat().st_size for log in LOGS}}
         new = self.folder / "checkpoint" / "new"
         new.parent.mkdir(exist_ok=True)
@@ -1141,7 +1050,7 @@ class Run:
     def restore(self):
         """Goes back to the newest checkpoint that can be read: weights, optimizer, state, random
         numbers, sizes of the logs. -> was there one?"""
-        saved = None
+        sizes = dict.fromkeys(LOGS, 0)
         for path in reversed(self.checkpoints()):
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -1150,25 +1059,24 @@ class Run:
                         p.copy_(saved["weights"][name])
                 if self.opt:
                     self.opt.load_state_dict(saved["optimizer"])
-                for put_back, x in zip((random.setstate, torch.set_rng_state,
-                                        torch.cuda.set_rng_state_all), saved["rng"]):
-                    put_back(x)
-                self.state, logs = saved["state"], saved["logs"]
-                self.started -= self.state["seconds"]
+                random.setstate(saved["rng"][0])
+                torch.set_rng_state(saved["rng"][1])
+                torch.cuda.set_rng_state_all(saved["rng"][2])
+                self.state, sizes = saved["state"], saved["logs"]
                 break
             except Exception as e:  # whatever is wrong with the file
-                saved = None
                 print(f"{path} cannot be used ({e!s:.200}); going on from the one before it")
-        if self.checkpoints() and not saved:
-            fail(f"--resume {self.folder}: none of its checkpoints can be used, and no file was "
-                 "touched; start anew with another --out")
+        else:
+            if self.checkpoints():
+                fail(f"--resume {self.folder}: none of its checkpoints can be used; no file was "
+                     "touched; start anew with another --out")
+        self.started = time.perf_counter() - self.state.get("seconds", 0)
         for log in LOGS:
-            path, size = self.folder / log, logs[log] if saved else 0
-            if path.exists() and path.stat().st_size > size:
-                os.truncate(path, size)
-        where = f"after step {self.state['step']}" if saved else "at the start: no checkpoint yet"
-        print(f"resuming {self.folder} {where}")
-        return bool(saved)
+            path = self.folder / log
+            if path.exists() and path.stat().st_size > sizes[log]:
+                os.truncate(path, sizes[log])
+        print(f"resuming {self.folder} after step {self.state['step']}")
+        return self.state["step"] > 0
 
     def finish(self, model, tok):
         """model/, curves.png, summary.json, and the before/after table."""
@@ -1180,35 +1088,29 @@ class Run:
         self.draw_curves()
         seconds, before, after = time.perf_counter() - self.started, state["before"], state["after"]
         summary = {"script": self.script, "method": cfg.method, "model": cfg.model,
-                   "seed": cfg.seed, "steps": state["step"], "seconds": seconds,
-                   "train_cpu_seconds": state["train_cpu_seconds"], "before": before,
-                   "after": after, **{k: state[k] for k in ("stages",) if k in state}}
+                   "seed": cfg.seed, "steps": state["step"], **state, "seconds": seconds}
         if torch.device(cfg.device).type == "cuda":
             summary["peak_gpu_gb"] = torch.cuda.max_memory_allocated(cfg.device) / 1e9
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2))
-        width = max(18, *(len(name) + 1 for name in after))
-        print(f"\n{'held-out':<{width}}{'before':>8}{'after':>8}")
+        print(f"\n{'held-out':<20}{'before':>8}{'after':>8}")
         for name in after:
-            was = f"{before[name]:.3f}" if name in before else "-"
-            print(f"{name:<{width}}{was:>8}{after[name]:>8.3f}")
+            print(f"{name:<20}{before.get(name, math.nan):>8.3f}{after[name]:>8.3f}")
         print(f"\n{state['step']} steps, {seconds:.0f} s; everything is in {self.folder}/")
 
     def draw_curves(self):
         """curves.png: a panel per entry of `curves`; numbers of training are running means."""
-        rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
-        logged = sorted({k for r in rows for k in r})
-        panels = {title: [k for pattern in names for k in logged if fnmatch(k, pattern)]
-                  for title, names in self.curves.items()}
-        panels = {title: names for title, names in panels.items() if names}
+        rows = read_json(self.folder / "metrics.jsonl", "metrics.jsonl")
+        logged = sorted({name for row in rows for name in row})
+        panels = {title: [name for x in patterns for name in logged if fnmatch(name, x)]
+                  for title, patterns in self.curves.items()}
         fig = Figure(figsize=(4.4 * len(panels), 3.6), layout="tight")
-        for n, (title, names) in enumerate(panels.items(), 1):
-            ax = fig.add_subplot(1, len(panels), n)
+        for ax, (title, names) in zip(fig.subplots(1, len(panels), squeeze=False)[0],
+                                      panels.items()):
             for name in names:
-                x, y = zip(*((r["step"], r[name]) for r in rows if name in r))
+                x, y = zip(*((row["step"], row[name]) for row in rows if name in row))
                 window = 1 if name.startswith("eval/") else 1 + len(y) // 20
                 y = [statistics.fmean(y[max(0, i - window):i]) for i in range(1, len(y) + 1)]
-                ax.plot(x, y, marker="o" if name.startswith("eval/") else "", ms=3,
-                        label=name.split("/", 1)[1].removeprefix("accuracy/"))
+                ax.plot(x, y, marker=".", label=name.split("/", 1)[1].removeprefix("accuracy/"))
             ax.set(title=title, xlabel="step")
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)

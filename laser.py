@@ -84,7 +84,8 @@ import common
 from common import (
     Run, arg, autocast, causal_lm, extract_answer, fail, frozen_reference, hidden_states,
     micro_batches, mismatch, one_line, parse_config, problem_stream, reference_policy,
-    response_logps, same_answer, sample, sampling_statistics, set_up, stop_ids, take, trained, update, vote,
+    response_logps, same_answer, sample, sampling_statistics, set_up, stop_ids, take, trained,
+    update, vote,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration

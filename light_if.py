@@ -90,13 +90,14 @@ from typing import Literal
 
 import torch
 from tqdm import tqdm
+from transformers import set_seed
 
 import common
 from common import (
     Problem, Run, arg, as_samples, batch_logps, encode_prompts, fail, frozen_reference,
     generator_of, load_model, micro_batches, mismatch, one_line, parse_config, problem_stream,
     product, read_json, read_rows, reference_logps, response_logps, sample, sampling_statistics,
-    save_model, seed_everything, take, text_columns, trained, trained_prompt, update, write_rows,
+    save_model, take, text_columns, trained, trained_prompt, update, write_rows,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -849,9 +850,9 @@ def evaluate(policy, tok, tasks, cfg):
 def load_data(cfg):
     """-> seed instructions, or Tasks where the data have constraints, and held-out Tasks."""
     names = {"dolly": "databricks/databricks-dolly-15k", "ifeval": "google/IFEval"}
-    what = f"--eval_dataset {cfg.eval_dataset}"
-    held_out = to_tasks(read_rows(cfg, names.get(cfg.eval_dataset, cfg.eval_dataset), "test",
-                                  "--eval_dataset"), what)
+    name, what = names.get(cfg.eval_dataset, cfg.eval_dataset), f"--eval_dataset {cfg.eval_dataset}"
+    held_out = to_tasks(read_rows(cfg, name, "test", "--eval_dataset")
+                        or read_rows(cfg, name, "train", "--eval_dataset"), what)
     asked = {t.question for t in held_out if not t.level.endswith("_seen")}
     held_out = held_out[:cfg.eval_size or None]
     if all(t.level.endswith("_seen") for t in held_out):
@@ -1091,7 +1092,7 @@ def reinforce(run, name, start, tasks, steps, test):
 def main(argv=None):
     cfg = parse(argv)
     run = Run(cfg, "light_if", METRICS, CURVES)
-    seed_everything(cfg)
+    set_seed(cfg.seed)
     seeds, held_out = load_data(cfg)
     policy, tok = load_model(cfg.model, cfg)
     if THINK_END in tok.all_special_tokens:

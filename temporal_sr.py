@@ -84,13 +84,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import set_seed
 
 import common
 from common import (
-    Problem, Run, Sample, arg, as_samples, batch_logps, causal_lm, context_of, encode_prompts,
+    Problem, Run, Sample, arg, as_samples, batch_logps, causal_lm, encode_prompts,
     encode_questions, fail, generator_of, hidden_states, load_model, micro_batches, one_line,
     parse_config, problem_stream, product, read_json, read_rows, response_logps, sample,
-    save_model, seed_everything, sft_step, text_columns, trained, trained_prompt, update,
+    save_model, sft_step, text_columns, trained, trained_prompt, update,
     write_rows,
 )
 
@@ -349,8 +350,9 @@ def load_data(cfg):
     pool = [Problem(q, "", a) for q, a in pool.items()]
     random.Random(0).shuffle(pool)  # not cfg.seed: every seed holds out the same rows
     if cfg.eval_dataset:
-        rows = columns(read_rows(cfg, cfg.eval_dataset, "test", "--eval_dataset"),
-                       f"--eval_dataset {cfg.eval_dataset}", ("prompt",))
+        rows = (read_rows(cfg, cfg.eval_dataset, "test", "--eval_dataset")
+                or read_rows(cfg, cfg.eval_dataset, "train", "--eval_dataset"))
+        rows = columns(rows, f"--eval_dataset {cfg.eval_dataset}", ("prompt",))
         held_out = [Problem(q, "") for q in dict.fromkeys(q.strip() for q, in rows) if q]
     else:
         n = min(200, len(pool) // 5)
@@ -670,7 +672,8 @@ def judgements(model, tok, pairs, cfg, rng):
     that leaves no room in the context has no valid score, nor has a judgement that was cut off
     (D5)."""
     prompts = judge_prompts(model, tok, pairs)
-    fits = [i for i, p in enumerate(prompts) if len(p) + cfg.max_new_tokens <= context_of(model)]
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    fits = [i for i, p in enumerate(prompts) if len(p) + cfg.max_new_tokens <= context]
     drawn = sample(model, tok, [prompts[i] for i in fits], 1, cfg.max_new_tokens,
                    cfg.judge_temperature, rng)
     judged = [(math.nan, "", 0)] * len(pairs)
@@ -689,11 +692,12 @@ def run_rates(cfg, steps, peak):
 
 def sft_rows(policy, tok, ift, eft, cfg):
     """IFT and EFT as Samples that fit --max_new_tokens and the context; says how many."""
+    context = getattr(policy.config, "max_position_embeddings", math.inf)
     asked = judge_prompts(policy, tok, [row[:2] for row in eft])
     parts = (as_samples(tok, [p.prompt for p in ift], [p.solution for p in ift]),
              as_samples(tok, asked, [row[2] for row in eft]))
     kept = [[s for s in part if len(s.tokens) <= cfg.max_new_tokens
-             and len(s.prompt) + len(s.tokens) <= context_of(policy)] for part in parts]
+             and len(s.prompt) + len(s.tokens) <= context] for part in parts]
     told = (f"{len(kept[0])} of {len(ift)} answers (IFT) and {len(kept[1])} of {len(eft)} "
             f"judgements (EFT) of at most --max_new_tokens {cfg.max_new_tokens} tokens")
     print(f"SFT on {told}" + ("" if kept[1] else ": nothing teaches judging (--eft_dataset)"))
@@ -757,7 +761,7 @@ def sft(policy, batches, cfg, where):
 def set_up(cfg):
     """Seeds, loads, renders. -> policy, tokenizer, judge (None: the policy), IFT and EFT for SFT,
     prompts of all iterations in their order, held-out prompts"""
-    seed_everything(cfg)
+    set_seed(cfg.seed)
     ift, eft, prompts, held_out = load_data(cfg)
     judge = None if cfg.judge == "self" else load_model(cfg.judge, cfg, flag="--judge")
     if judge:
@@ -804,7 +808,7 @@ def main(argv=None):
     if cfg.sft_steps:
         folder = product(Path(cfg.out).resolve() / "sft",
                          lambda to: supervise(policy, tok, ift, eft, cfg, to))
-        seed_everything(cfg)  # for the adapters, whether M_0 was there or not
+        set_seed(cfg.seed)  # for the adapters, whether M_0 was there or not
         policy, tok = load_model(str(folder), cfg, cfg.lora)
     models = Models(policy, tok, judge, cfg)
     M_0 = models.snapshot()

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
 import re
 import shutil
@@ -381,16 +380,18 @@ def text_columns(rows, what, needed, optional=None):
     """The texts in the columns of rows. `needed` and `optional` map a name to the columns that may
     hold it: the first match wins, upper and lower case alike. -> a list of {name: text}, "" where a
     value is missing. Ends the program where a needed column is missing, or is not of text."""
-    have, column = {c.lower(): c for row in rows for c in row}, {}
-    for name, names in (needed | (optional or {})).items():
-        column[name] = next((have[c] for c in names if c in have), None)
-        if name in needed and column[name] is None:
-            fail(f"{what}: no {name} column; it needs one of {names}, but has {[*have.values()]}")
-    for number, row in enumerate(rows, 1):
-        if not all(isinstance(row.get(c), str | int | float | None) for c in column.values()):
-            fail(f"{what}: row {number} has neither text nor a number in {tuple(column.values())}")
-    return [{name: "" if row.get(c) is None else str(row[c]).strip() for name, c in column.items()}
-            for row in rows]
+    have = {c.lower(): c for row in rows for c in row}
+    column = {name: next((have[c] for c in names if c in have), None)
+              for name, names in (needed | (optional or {})).items()}
+    for name in needed:
+        if column[name] is None:
+            fail(f"{what}: no {name} column; it needs one of {needed[name]}, but has {[*have]}")
+    texts = [{name: row.get(c) for name, c in column.items()} for row in rows]
+    for number, row in enumerate(texts, 1):
+        if not all(isinstance(x, str | int | float | None) for x in row.values()):
+            fail(f"{what}: row {number} has neither text nor a number in {[*column.values()]}")
+        row.update({name: "" if x is None else str(x).strip() for name, x in row.items()})
+    return texts
 
 
 def to_problems(rows, what):
@@ -919,10 +920,10 @@ def one_line(main):
             return main(*args)
         except torch.OutOfMemoryError as e:
             fail(f"{e!s:.200}: give --lora, or a smaller --micro_tokens or --max_new_tokens")
-        except Exception as e:  # torch, safetensors and tokenizers hide the OSError
-            if "No space left" not in f"{e} {e.__context__}":
+        except Exception as e:  # torch, safetensors and tokenizers hide an OSError
+            if not isinstance(e, OSError) and "No space left" not in f"{e} {e.__context__}":
                 raise
-            fail(f"{e!s:.200}: free some space; --resume goes on from the run's last checkpoint")
+            fail(f"{e!s:.200}; what is in the run folder is whole, and --resume goes on from it")
     return run
 
 
@@ -943,12 +944,9 @@ class Run:
             capture_output=True, text=True).stdout.strip()
         about = {"script": script, "config": asdict(cfg), "commit": git or "unknown",
                  "versions": {m.__name__: m.__version__ for m in (torch, transformers)}}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.new").write_text(json.dumps(about, indent=2))
-            (self.folder / "config.new").replace(self.folder / "config.json")
-        except OSError as e:
-            fail(f"--out {self.folder}: cannot be written ({e})")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.new").write_text(json.dumps(about, indent=2))
+        (self.folder / "config.new").replace(self.folder / "config.json")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
         print(f"{script}: " + " ".join(f"{k}={v}" for k, v in asdict(cfg).items() if v != ""))
@@ -973,22 +971,22 @@ class Run:
             self.values.setdefault(name, []).append(x.double().flatten())
 
     def log(self):
-        """A row of metrics.jsonl: the means of what was added."""
-        step, values = self.state["step"], {k: torch.cat(x) for k, x in self.values.items()}
-        row = {name: x.mean().item() for name, x in values.items() if len(x)}
-        for name, value in row.items():
-            if not math.isfinite(value):
-                fail(f"step {step}: {name} is {value}; --resume goes on from the last checkpoint")
+        """A row of metrics.jsonl: the means of what was added. Each must be finite."""
+        values = {name: torch.cat(x) for name, x in self.values.items()}
+        row = {"step": self.state["step"]}
+        row |= {name: x.mean().item() for name, x in values.items() if len(x)}
+        if bad := {name: x for name, x in row.items() if not math.isfinite(x)}:
+            fail(f"step {row['step']}: {bad}; --resume goes on from the last checkpoint")
         self.values = {}
-        write_rows(self.folder / "metrics.jsonl", [{"step": step, **row}], "a")
+        write_rows(self.folder / "metrics.jsonl", [row], "a")
 
     def evaluate(self):
         """Adds and prints what the script's evaluation finds; of numbers per level accuracies."""
         result, step = self.test(), self.state["step"]
+        self.state |= {"after": result, "evaluated": step}
         self.add({f"eval/{k}": v for k, v in result.items()})
         shown = {k: v for k, v in result.items() if "/" not in k or k.startswith("accuracy/")}
         tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
-        self.state |= {"after": result, "evaluated": step}
 
     def start(self, model, opt, test, **state):
         """-> the state to go on from: a checkpoint's, see `restore`, or a new one after its
@@ -1002,13 +1000,10 @@ class Run:
         return self.state
 
     def steps(self, end, patient=True):
-        """Counts state["step"] up to `end`, with a bar (silent when piped). `patient`: a signal
-        waits for the end of the step."""
-        first, self.end = self.state["step"], end
-        for step in tqdm(range(first + 1, end + 1), self.script, initial=first, total=end,
-                         disable=None):
-            self.state["step"], self.step_started = step, time.process_time()
-            self.in_step = patient
+        """Counts state["step"] up to `end`. `patient`: a signal waits for the end of the step."""
+        self.end = end
+        for step in tqdm(range(self.state["step"] + 1, end + 1), self.script, disable=None):
+            self.state["step"], self.in_step, self.step_started = step, patient, time.process_time()
             yield step
 
     def end_step(self, examples=()):
@@ -1019,18 +1014,16 @@ class Run:
             self.evaluate()
         self.log()
         write_rows(self.folder / "samples.jsonl", [{"step": step, **x} for x in examples], "a")
-        due = cfg.save_every and step % cfg.save_every == 0
-        if last or due or self.stopping:
+        if last or self.stopping or cfg.save_every and step % cfg.save_every == 0:
             self.save()
-        if due and not last:  # `finish` draws the last one
             self.draw_curves()
         self.in_step = False
         if self.stopping:
             self.ask_to_stop()
 
     def checkpoints(self):
-        """The paths of the checkpoints, the oldest first."""
-        return sorted((self.folder / "checkpoint").glob("step_*.pt"))
+        """The paths of the checkpoints, the newest first."""
+        return sorted((self.folder / "checkpoint").glob("step_*.pt"), reverse=True)
 
     def save(self):
         """checkpoint/step_<n>.pt, under another name until it is whole: trained weights, optimizer,
@@ -1040,18 +1033,18 @@ class Run:
                  "optimizer": self.opt and self.opt.state_dict(),
                  "rng": (random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all()),
                  "logs": {log: (self.folder / log).stat().st_size for log in LOGS}}
-        new = self.folder / "checkpoint" / "new"
-        new.parent.mkdir(exist_ok=True)
-        torch.save(saved, new)
-        new.rename(new.with_name(f"step_{self.state['step']:06d}.pt"))
-        for old in self.checkpoints()[:-2]:  # the last two stay
+        path = self.folder / "checkpoint" / f"step_{self.state['step']:06d}.pt"
+        path.parent.mkdir(exist_ok=True)
+        torch.save(saved, path.with_name("new"))
+        path.with_name("new").replace(path)
+        for old in self.checkpoints()[2:]:  # the last two stay
             old.unlink()
 
     def restore(self):
         """Goes back to the newest checkpoint that can be read: weights, optimizer, state, random
         numbers, sizes of the logs. -> was there one?"""
-        sizes = dict.fromkeys(LOGS, 0)
-        for path in reversed(self.checkpoints()):
+        saved = None
+        for path in self.checkpoints():
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 with torch.no_grad():
@@ -1062,21 +1055,19 @@ class Run:
                 random.setstate(saved["rng"][0])
                 torch.set_rng_state(saved["rng"][1])
                 torch.cuda.set_rng_state_all(saved["rng"][2])
-                self.state, sizes = saved["state"], saved["logs"]
+                self.state = saved["state"]
                 break
             except Exception as e:  # whatever is wrong with the file
+                saved = None
                 print(f"{path} cannot be used ({e!s:.200}); going on from the one before it")
-        else:
-            if self.checkpoints():
-                fail(f"--resume {self.folder}: none of its checkpoints can be used; no file was "
-                     "touched; start anew with another --out")
+        if self.checkpoints() and not saved:
+            fail(f"--resume {self.folder}: no checkpoint of it can be used; start another --out")
         self.started = time.perf_counter() - self.state.get("seconds", 0)
-        for log in LOGS:
-            path = self.folder / log
-            if path.exists() and path.stat().st_size > sizes[log]:
-                os.truncate(path, sizes[log])
+        for log in [x for x in LOGS if (self.folder / x).exists()]:
+            with open(self.folder / log, "r+") as f:
+                f.truncate(min(f.seek(0, 2), saved["logs"][log]) if saved else 0)
         print(f"resuming {self.folder} after step {self.state['step']}")
-        return self.state["step"] > 0
+        return bool(saved)
 
     def finish(self, model, tok):
         """model/, curves.png, summary.json, and the before/after table."""
@@ -1101,18 +1092,16 @@ class Run:
         """curves.png: a panel per entry of `curves`; numbers of training are running means."""
         rows = read_json(self.folder / "metrics.jsonl", "metrics.jsonl")
         logged = sorted({name for row in rows for name in row})
-        panels = {title: [name for x in patterns for name in logged if fnmatch(name, x)]
-                  for title, patterns in self.curves.items()}
-        fig = Figure(figsize=(4.4 * len(panels), 3.6), layout="tight")
-        for ax, (title, names) in zip(fig.subplots(1, len(panels), squeeze=False)[0],
-                                      panels.items()):
-            for name in names:
+        fig = Figure(figsize=(4.4 * len(self.curves), 3.6), layout="tight")
+        axes = fig.subplots(1, len(self.curves))
+        for ax, (title, patterns) in zip(axes, self.curves.items()):
+            for name in [name for x in patterns for name in logged if fnmatch(name, x)]:
                 x, y = zip(*((row["step"], row[name]) for row in rows if name in row))
                 window = 1 if name.startswith("eval/") else 1 + len(y) // 20
                 y = [statistics.fmean(y[max(0, i - window):i]) for i in range(1, len(y) + 1)]
                 ax.plot(x, y, marker=".", label=name.split("/", 1)[1].removeprefix("accuracy/"))
+                ax.legend(fontsize=8)
             ax.set(title=title, xlabel="step")
             ax.grid(alpha=0.3)
-            ax.legend(fontsize=8)
         fig.suptitle(f"{self.script} --method {self.cfg.method}, seed {self.cfg.seed}")
         fig.savefig(self.folder / "curves.png", dpi=110)

@@ -35,7 +35,6 @@ equations are those of the papers that it builds on: GSPO (2507.18071), DAPO (25
 import random
 import re
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -44,8 +43,8 @@ import common
 from common import (
     Run, arg, as_samples, batch_logps, encode_prompts, evaluate, extract_answer, fail,
     frozen_reference, generator_of, load_model, micro_batches, mismatch, one_line, parse_config,
-    problem_stream, product, read_json, reference_logps, response_logps, same_answer, sample,
-    sampling_statistics, set_up, take, trained, trained_prompt, update, write_rows,
+    product, read_json, reference_logps, response_logps, same_answer, sample, sampling_statistics,
+    set_up, take, trained, trained_prompt, update, write_rows,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -66,10 +65,8 @@ class Config(common.Config):
     clip_high: float = arg(4e-4, "epsilon_high [GSPO Sec. 5.1]")
     kl_beta: float = arg(0.0, "beta of the k3 KL term")
     dynamic_sampling: bool = arg(False, "sample again for flat groups [DAPO Eq. 11]")
-    overlong_cache: float = arg(0.0, "L_cache of the soft length penalty, as a share of "
-                                     "--max_new_tokens, 0 = no penalty")
-    updates: int = arg(1, "optimizer steps per rollout batch, each on a part of the prompts "
-                          "[GSPO 4, DAPO 16, ours 1]")
+    overlong_cache: float = arg(0.0, "L_cache of the length penalty, a share of --max_new_tokens")
+    updates: int = arg(1, "optimizer steps per rollout batch [GSPO 4, DAPO 16, ours 1]")
 
 
 METHODS = {  # what differs from the defaults above
@@ -114,10 +111,8 @@ def parse(argv):
         fail(f"--group {cfg.group}: an advantage compares responses, so a group needs at least 2")
     if cfg.updates > cfg.prompts:
         fail(f"--updates {cfg.updates}: the batch is split by prompts, so 1 to --prompts")
-    if cfg.overlong_cache > 1:
-        fail(f"--overlong_cache {cfg.overlong_cache}: is a share of --max_new_tokens, so 0 to 1")
-    if cfg.clip_low >= 1:
-        fail(f"--clip_low {cfg.clip_low}: must be below 1, as ratios are above 0")
+    if cfg.overlong_cache > 1 or cfg.clip_low >= 1:
+        fail("--overlong_cache, a share of --max_new_tokens, is at most 1, --clip_low below 1")
     if cfg.aggregation == "token" and cfg.ratio != "token":
         fail("--aggregation token: is for the ratio of each token, so it needs --ratio token")
     return cfg
@@ -171,16 +166,12 @@ def roll_out(policy, tok, problems, cfg):
 
 
 def replace_golden(group, golden, index):
-    """Step 3: the golden answer takes the place of response `index` of an all-wrong group.
-
-    All wrong: by correctness, never by shaped reward [ours]. The reward of the golden answer is 1,
-    as for any correct answer, without length penalty [ours]. Any other group, and one without a
-    golden answer (None), is returned as it is.
-    """
+    """Step 3: the golden answer takes the place of response `index` of an all-wrong group: by
+    correctness, never by shaped reward [ours]. Its reward is 1, without length penalty [ours]. Any
+    other group, and one without a golden answer (None), is returned as it is."""
     if any(group.correct) or golden is None:
         return group
-    new = replace(group, samples=[*group.samples], correct=[*group.correct],
-                  rewards=[*group.rewards], golden=index)
+    new = Group(group.problem, [*group.samples], [*group.correct], [*group.rewards], index)
     new.samples[index], new.correct[index], new.rewards[index] = golden, True, 1.0
     return new
 
@@ -208,12 +199,8 @@ def golden_answers(problems, tok, cfg, instruction):
             rejected["too long"] += 1
         else:
             golden[p.question, p.answer] = s
-    counts = f"{len(golden)} of {len(problems)} problems; rejected: {rejected}"
-    print(f"golden answers: {counts}")
-    if not golden:
-        fail(f"--golden {cfg.golden}: no usable golden answer ({counts}); give --golden MODEL, or "
-             "--golden off")
-    return golden
+    print(f"golden answers: {len(golden)} of {len(problems)} problems; rejected: {rejected}")
+    return golden or fail(f"--golden {cfg.golden}: none can be used; give a model, or off")
 
 
 def in_form(problem, instruction, prompt):
@@ -235,7 +222,7 @@ def write_solutions(problems, cfg, instruction, path):
     can meet -> a file with the columns of a data set"""
     teacher, tok = load_model(cfg.golden, cfg, flag="--golden")
     n = len(problems) if cfg.dynamic_sampling else min(len(problems), cfg.steps * cfg.prompts)
-    met = [replace(p) for p in islice(problem_stream(problems, 0, cfg.seed), n)]
+    met = [replace(p) for p in take(problems, n, {"position": 0}, cfg.seed)]
     met = encode_prompts(met, teacher, tok, trained_prompt(teacher, "instruction", instruction),
                          cfg.max_new_tokens, f"--golden {cfg.golden}")
     samples = sample(teacher, tok, [p.prompt for p in met], GOLDEN_TRIES, cfg.max_new_tokens,
@@ -245,6 +232,8 @@ def write_solutions(problems, cfg, instruction, path):
         p = met[i // GOLDEN_TRIES]
         if s.finished and correct(s.text, p):  # of several, the last
             rows[p.question, p.answer] = dict(question=p.question, answer=p.answer, solution=s.text)
+    if not rows:
+        fail(f"--golden {cfg.golden}: it solves none of {n} problems; give --golden off")
     write_rows(path, rows.values())
 
 
@@ -293,13 +282,12 @@ def policy_loss(logp, old_logp, ref_logp, A, mask, cfg, n_seq, n_tok):
         dapo         DAPO Eq. 8    1/(sum_i |y_i|) sum_i sum_t      w = w_it
 
     logp, old_logp, ref_logp (None without KL), mask: (n, L); A: (n,). n_seq and n_tok count the
-    whole mini-batch [code: verl; DAPO Eq. 8 is written per group], of which these n rows may be a
-    part. The ratio of a golden answer is clipped like any other [ours].
-    Returns the loss, a scalar, and per row (n,) the share of ratios clipped and the mean KL.
+    whole mini-batch [code: verl; DAPO Eq. 8 is per group], of which these n rows may be a part.
+    -> the loss, a scalar, and per row (n,) the share of ratios clipped and the mean KL
     """
     w = importance_ratio(logp, old_logp, mask, cfg.ratio)             # (n, L) or (n, 1)
     A = A[:, None]                                                    # (n, 1)
-    clipped = w.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    clipped = w.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)            # golden answers, too [ours]
     objective = torch.minimum(w * A, clipped * A)
     cut = (clipped * A < w * A).expand_as(mask)
     kl = k3_kl(logp, ref_logp) * mask if cfg.kl_beta else torch.zeros_like(mask)
@@ -313,8 +301,7 @@ def policy_loss(logp, old_logp, ref_logp, A, mask, cfg, n_seq, n_tok):
 
 
 # ------------------------------------------------------------------- 4. evaluation, 5. the loop
-# The evaluation is common.evaluate with the verifier above. The paper reports mean@32 on AIME-2024,
-# which is --eval_samples 32 here [2nd: KR].
+# The evaluation is common.evaluate; --eval_samples 32 gives the paper's mean@32 [2nd: KR].
 
 
 @one_line

@@ -183,6 +183,8 @@ def load_model(name, cfg, lora=False, flag="--model"):
         path = f"{organisations[0]}/{name}" if organisations else name
     if not Path(path).is_dir():
         find_hub()
+    if (Path(path) / "adapter_config.json").is_file():
+        fail(f"{what}: holds LoRA adapters; merge them into their model (peft: merge_and_unload)")
     in_full = flag == "--model" and not lora
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -366,7 +368,8 @@ def read_json(path, what):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         lines = [text] if text.lstrip().startswith("[") else text.split("\n")
-        for number, line in enumerate(lines, 1):
+        for line in lines:
+            number += 1
             value = json.loads(line) if line.strip() else []
             rows += value if isinstance(value, list) else [value]
             if not all(isinstance(row, dict) for row in rows[-1:] + rows[:1]):

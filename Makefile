@@ -2,7 +2,7 @@
 # for `make bench`, which compares with TRL, to .venv-bench.
 PYTHON ?= python3
 PY = .venv/bin/python
-LINT = E,F,W,I,B,UP --ignore B905
+LINT = E,F,W,B,UP --ignore B905
 
 run: .venv/installed
 	$(PY) gcpo.py $(or $(ARGS),$(if $(wildcard runs/gcpo-tiny-gcpo-s0),--out runs/gcpo-$(shell date +%Y%m%d-%H%M%S)))
@@ -18,7 +18,6 @@ results: .venv/installed
 
 fault: .venv/installed
 	$(PY) benchmarks/fault.py $(ARGS)
-	$(PY) benchmarks/soak.py
 
 bench: .venv-bench/installed
 	.venv-bench/bin/python benchmarks/speed.py $(ARGS)

@@ -815,9 +815,10 @@ def same_answer(given, truth):
 
 
 def explosive(text):
-    """Could its value have millions of digits, which no computation comes back from? Exponents
-    that are powers of numbers, or whose product is large; large factorials; sums and the like."""
-    exponents = [int(x) for x in re.findall(r"\^[\s{(+]*(\d{1,9})", text)]
+    """Could evaluating it take for ever? Exponents that are powers of numbers; a large product of
+    exponents, above 20 where they stand behind a bracket, which may be a sum; large factorials;
+    sums, integrals and the like."""
+    powers = re.findall(r"([)}\]]?)\s*\^[\s{(+]*(\d{1,9})", text)
     tower = re.search(r"\^\s*\{?\s*\w+\s*\}?\s*\^", text)
     for m in re.finditer(r"\^\s*[{(]", text):
         depth, end = 1, m.end()
@@ -825,8 +826,9 @@ def explosive(text):
             depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(text[end], 0)
             end += 1
         tower = tower or re.search(r"\d[\s)}]*\^", text[m.end():end])
-    factorials = "!" in re.sub(r"(?<![\d.)}!])\d{1,3}!(?!!)", "", text)
-    return bool(tower or factorials or math.prod(exponents) > 10**6
+    return bool(tower or math.prod(int(n) for _, n in powers) > 20_000
+                or math.prod(int(n) for bracket, n in powers if bracket) > 20
+                or "!" in re.sub(r"(?<![\d.)}!])\d{1,3}!(?!!)", "", text)
                 or re.search(r"\\(?:[dt]?binom|choose|sum|prod|i*int|lim|Gamma)", text))
 
 

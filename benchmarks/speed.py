@@ -1,39 +1,47 @@
 """Speed, memory and losses against the libraries that these scripts could have been written with.
 
-    make bench                                  # in an environment of its own, with TRL
-    python benchmarks/speed.py sampling memory  # some of the parts only
+    make bench                                      # in an environment of its own, with TRL
+    python benchmarks/speed.py sampling memory      # some of the parts only
+    python benchmarks/speed.py before --before DIR  # against another checkout
+    python benchmarks/speed.py --rounds 1           # a quick check of all parts; nothing is written
 
 PARTS, each into results/speed.json with the commit it was measured at
     sampling  common.sample against model.generate and, once, generate_batch of transformers
     grpo      a GRPO step (sample, reward, log-probs, backward, AdamW) against TRL's GRPOTrainer
-    dpo       a DPO step of 64 pairs against TRL's DPOTrainer, with and without the reference pass
+    dpo       a DPO step against TRL's DPOTrainer, with and without the reference pass
     memory    peak of log-probs, forward and backward, at a vocabulary of 151,936
-    growth    a GRPO step against group size, response length and model size, with exponents
     parity    loss and gradient of gcpo.policy_loss against TRL's, on the same batch
-    profile   what bounds the ratios here: a token step with few and many rows, matrix products
+    dtype     bfloat16 against float32, ours alone: sampling and a training step, 100M parameters
+    before    `python gcpo.py` of another checkout against this one
 
-HOW CPU time of this process on one thread, float32: wall time where a core is free, and disturbed
-    far less where none is. The sides take turns on the same weights and prompts, a round each;
-    figures are medians over the rounds, to be compared only with each other. Sampling is random, so
-    what counts is the time per sampled token, up to and including EOS, whatever else was decoded.
-    Models of 1M to 100M parameters are Qwen2 shapes with random weights, which end a response at
-    each token with probability 1/64: with at most 64 tokens, the mean response has 41.
+HOW CPU time on one thread: wall time where a core is free, and disturbed far less where none is.
+    The sides take turns on the same weights and prompts, a round each; figures are medians over the
+    rounds, to be compared only with each other. Sampling is random, so what counts is the time per
+    sampled token, up to and including EOS, whatever else was decoded. Models of 1M to 100M
+    parameters are Qwen2 shapes with random weights, which end a response at each token with
+    probability 1/64: with at most 64 tokens, the mean response has 41. Those of 20M and 100M are
+    trained in --dtype on both sides, the others in float32; bfloat16 is the same on both sides,
+    float32 weights under autocast.
 """
 
+import argparse
 import importlib.metadata
 import json
-import math
 import multiprocessing
+import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -55,8 +63,7 @@ import temporal_sr
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, NEW = 64, 64  # of the random models unless told otherwise; most tokens of a response
 SHAPES = {  # width, layers, attention heads, key/value heads, width of the MLP
-    "0.3M": (64, 4, 4, 2, 256), "1M": (128, 4, 4, 2, 512), "5M": (256, 6, 4, 2, 768),
-    "20M": (512, 6, 8, 4, 1536), "100M": (768, 12, 12, 4, 3072),
+    "1M": (128, 4, 4, 2, 512), "20M": (512, 6, 8, 4, 1536), "100M": (768, 12, 12, 4, 3072),
     "4 layers of 0.5B": (896, 4, 14, 2, 4864)}
 NOISE = 0.2  # parity: standard deviation of log pi - log pi_old and of log pi - log pi_ref
 TRL = {  # --method of gcpo.py -> the GRPOConfig that means the same
@@ -91,10 +98,10 @@ def random_ids(number, vocab=VOCAB):
     return [random.randrange(1 + vocab // 64, vocab) for _ in range(number)]
 
 
-def load(size, method, prompts, *flags):
+def load(size, method, prompts, args, *flags):
     """-> the config of `python gcpo.py --method ...`, policy, tokenizer, endless problems."""
-    cfg = gcpo.parse(["--method", method, "--prompts", str(prompts), "--lr", "1e-6", "--device",
-                      "cpu", "--max_new_tokens", str(NEW), *flags])
+    cfg = gcpo.parse(["--method", method, "--prompts", str(prompts), "--lr", "1e-6",
+                      "--max_new_tokens", str(NEW), *precision(size, args), *flags])
     torch.manual_seed(0)
     random.seed(0)
     if size == "tiny":
@@ -103,9 +110,17 @@ def load(size, method, prompts, *flags):
         problems = common.encode_prompts(problems, policy, tok, "", cfg.max_new_tokens, "tiny")
     else:
         policy, tok = random_model(size)
+        policy.compute_dtype = getattr(torch, cfg.dtype)
         ids = [tuple(random_ids(random.randint(8, 16))) for _ in range(2000)]
         problems = [common.Problem(tok.decode(p), "t2", prompt=p) for p in ids]
     return cfg, policy, tok, common.problem_stream(problems, 0, cfg.seed)
+
+
+def precision(size, args):
+    """Flags of a script: --dtype is for the large models; --micro_tokens the tiny model's own, or
+    the default."""
+    return ["--device", "cpu", "--dtype", args.dtype if size in ("20M", "100M") else "float32",
+            *([] if size == "tiny" else ["--micro_tokens", str(common.Config.micro_tokens)])]
 
 
 def timed(f, *args):
@@ -130,7 +145,7 @@ def compare(title, rounds):
     for side, r in result.items():
         r["ratio_per_token"] = r["tokens_per_s"] / peer["tokens_per_s"]
         r["ratio_per_round"] = peer["ms"] / r["ms"]
-        print(f"{title}: {side:24} {r['tokens_per_s']:7,.0f} tokens per CPU second, "
+        print(f"{title}: {side:23} {r['tokens_per_s']:7,.0f} tokens per CPU second, "
               f"{r['ratio_per_token']:.2f}x; per round {r['ratio_per_round']:.2f}x", flush=True)
     return result
 
@@ -138,7 +153,7 @@ def compare(title, rounds):
 # -------------------------------------------------------------------------------------- sampling
 
 
-def sampling():
+def sampling(args):
     """8 prompts, groups of 8; then the tiny model on its own problems, 8 and 32 prompts."""
     cells = [("1M", VOCAB, 8, 16, 11), ("1M", VOCAB, 48, 64, 7), ("20M", VOCAB, 8, 16, 5),
              ("100M", VOCAB, 8, 16, 2), ("1M", 151936, 8, 16, 2), ("20M", 151936, 8, 16, 2),
@@ -150,12 +165,12 @@ def sampling():
         lengths = [round(short + i * (long - short) / 7) for i in range(8)]
         title = f"sampling, {size}, vocabulary {vocab:,}, prompts of {short}-{long}"
         result[title] = sampling_cell(title, policy, tok, [random_ids(n, vocab) for n in lengths],
-                                      rounds, with_batch=len(result) == 0)
+                                      args.rounds or rounds, with_batch=len(result) == 0)
     for n in (8, 32):
-        _, policy, tok, stream = load("tiny", "grpo", n)
+        _, policy, tok, stream = load("tiny", "grpo", n, args)
         title = f"sampling, tiny, its problems, {n} prompts"
         prompts = [[*p.prompt] for p in islice(stream, n)]
-        result[title] = sampling_cell(title, policy, tok, prompts, 9)
+        result[title] = sampling_cell(title, policy, tok, prompts, args.rounds or 9)
     return result
 
 
@@ -196,10 +211,12 @@ def sampling_cell(title, policy, tok, prompts, rounds, group=8, with_batch=False
 
 
 def trl_flags(cfg, folder):
-    """What both trainers of TRL need to do in float32 what `cfg` says, and nothing else."""
-    return dict(output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False,
+    """What both trainers of TRL need to do what `cfg` says, and nothing else. With bf16 they keep
+    float32 weights, too, and run every forward pass, generate's included, under autocast."""
+    return dict(output_dir=folder, use_cpu=True, bf16=cfg.dtype == "bfloat16",
+                gradient_checkpointing=False,
                 model_init_kwargs={"dtype": "float32"}, num_train_epochs=1, learning_rate=cfg.lr,
-                max_grad_norm=cfg.max_grad_norm, report_to="none", logging_strategy="no",
+                max_grad_norm=common.MAX_GRAD_NORM, report_to="none", logging_strategy="no",
                 save_strategy="no", disable_tqdm=True)
 
 
@@ -227,15 +244,13 @@ def our_step(cfg, policy, tok, opt, problems, reward, skip_flat):
     batch = common.sample(policy, tok, [p.prompt for p in problems], cfg.group, cfg.max_new_tokens,
                           cfg.temperature)
     n, tokens = len(batch), sum(len(s.tokens) for s in batch)
-    rewards = [reward(s.text, problems[i // cfg.group]) for i, s in enumerate(batch)]
-    A = gcpo.group_advantages(torch.tensor(rewards).view(-1, cfg.group)).flatten()
+    rewards = torch.tensor([reward(s.text, problems[i // cfg.group]) for i, s in enumerate(batch)])
+    A = gcpo.group_advantages(rewards.view(-1, cfg.group)).flatten()
     active = [i for i in range(n) if A[i] != 0 or not skip_flat]
-    for micro in common.micro_batches([batch[i] for i in active], cfg.micro_tokens):
-        rows = [active[j] for j in micro]
-        ids, mask = common.collate([batch[i] for i in rows], cfg.device)
+    for rows, ids, mask in common.micro_batches(batch, cfg, active):
         logp, _ = common.response_logps(policy, ids, mask, cfg.temperature)
         gcpo.policy_loss(logp, logp.detach(), None, A[rows], mask, cfg, n, tokens)[0].backward()
-    common.update(opt, cfg, 0, 0.0)
+    common.update(opt, cfg, cfg.warmup_steps)
     return tokens
 
 
@@ -248,24 +263,25 @@ def is_even(text, _):
     return float(len(text.split()) % 2 == 0)
 
 
-def grpo():
+def grpo(args):
     result = {}
-    for size, prompts, rounds in (("tiny", 8, 9), ("tiny", 32, 9), ("1M", 8, 9), ("20M", 8, 3)):
-        title = f"GRPO step, {size}, {prompts} prompts"
-        result[title] = grpo_step(title, size, prompts, rounds)
+    for size, prompts, rounds in (("tiny", 8, 9), ("tiny", 32, 9), ("1M", 8, 9), ("20M", 8, 5),
+                                  ("100M", 4, 3)):
+        cfg, *loaded = load(size, "grpo", prompts, args, "--kl_beta", "0")
+        title = f"GRPO step, {size}, {cfg.dtype}, {prompts} prompts x {cfg.group}"
+        result[title] = grpo_step(title, size, cfg, *loaded, args.rounds or rounds)
     return result
 
 
-def grpo_step(title, size, n_prompts, rounds, dropped=2):
+def grpo_step(title, size, cfg, policy, tok, stream, rounds, dropped=1):
     """After each step of TRL (on_step_begin to on_step_end) come two of ours on the same prompts:
     with every row, which is equal work, and as gcpo.py does it, without the rows of advantage 0,
     which add nothing to the gradient; how many those are depends on the policy."""
-    cfg, policy, tok, stream = load(size, "grpo", n_prompts, "--kl_beta", "0")
     judge = is_right if size == "tiny" else is_even
-    problems = list(islice(stream, (dropped + rounds) * n_prompts))
+    problems = list(islice(stream, (dropped + rounds) * cfg.prompts))
     rows = [{"prompt": tok.decode(p.prompt), "number": i} for i, p in enumerate(problems)]
     assert all(tok(r["prompt"]).input_ids == [*p.prompt] for r, p in zip(rows, problems))
-    opt = common.MasterAdamW(policy, lr=cfg.lr)
+    opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
     done, now = {"ours": [], "ours, flat rows skipped": [], "trl": []}, {}
 
     def reward(completions, completion_ids, number, **_):
@@ -292,20 +308,28 @@ def grpo_step(title, size, n_prompts, rounds, dropped=2):
 # ------------------------------------------------------------------------------------- DPO steps
 
 
-def dpo(size="1M", pairs=64, rounds=7, dropped=1):
-    """Pairs of responses of 3 to 48 tokens to prompts of 4 to 6. After each step of TRL comes ours
-    on the same pairs, temporal_sr.dpo on one batch: reference pass, micro-batches, AdamW; the
-    second time both with reference log-probs that were computed before."""
-    policy, tok = random_model(size)
-    random.seed(0)
-    data = [[random_ids(n) for n in (random.randint(4, 6), *random.choices(range(2, 48), k=2))]
-            for _ in range((dropped + rounds) * pairs)]
-    cfg = temporal_sr.parse(["--batch", str(pairs), "--lr", "1e-6", "--device", "cpu"])
+def dpo(args):
+    """After each step of TRL comes ours on the same pairs, temporal_sr.dpo on one batch: reference
+    pass, micro-batches, AdamW; then both with reference log-probs that were computed before. Pairs
+    of random models: responses of 3 to 48 tokens to prompts of 4 to 6."""
     result = {}
-    for precomputed in (False, True):
-        title = f"DPO step, {size}{', reference precomputed' if precomputed else ''}"
-        done = dpo_steps(policy, tok, data, cfg, precomputed)
-        result[title] = compare(title, {side: x[dropped:] for side, x in done.items()})
+    for size, pairs, rounds in (("tiny", 64, 7), ("1M", 64, 7), ("20M", 64, 5), ("100M", 16, 3)):
+        _, policy, tok, stream = load(size, "grpo", 1, args)
+        cfg = temporal_sr.parse(["--batch", str(pairs), "--lr", "1e-6", *precision(size, args)])
+        number = (1 + (args.rounds or rounds)) * pairs
+        if size == "tiny":  # chosen: the solution; rejected: another one's
+            problems = list(islice(stream, number))
+            found = tok([p.solution for p in problems]).input_ids
+            data = [[[*p.prompt], *both] for p, *both in zip(problems, found, found[1:] + found)]
+        else:
+            lengths = [(random.randint(4, 6), *random.choices(range(2, 48), k=2))
+                       for _ in range(number)]
+            data = [[random_ids(n) for n in row] for row in lengths]
+        for precomputed in (False, True):
+            title = (f"DPO step, {size}, {cfg.dtype}, {pairs} pairs"
+                     f"{', reference precomputed' if precomputed else ''}")
+            done = dpo_steps(policy, tok, data, cfg, precomputed)
+            result[title] = compare(title, {side: x[1:] for side, x in done.items()})
     return result
 
 
@@ -313,10 +337,11 @@ def dpo_steps(policy, tok, data, cfg, precomputed):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    opt, done, now = common.MasterAdamW(policy, lr=cfg.lr), {"ours": [], "trl": []}, {}
+    opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
+    done, now = {"ours": [], "trl": []}, {}
     fetched = []  # batches, of which accelerate is always one ahead
-    names = ("prompt", "chosen", "rejected")
-    rows = [dict(zip(names, (tok.decode(x) + " " for x in row))) for row in data]
+    names, space = ("prompt", "chosen", "rejected"), "" if tok.chat_template else " "
+    rows = [dict(zip(names, (tok.decode(x) + space for x in row))) for row in data]
     compute = common.batch_logps
     with tempfile.TemporaryDirectory() as folder:
         policy.save_pretrained(folder)
@@ -354,7 +379,8 @@ def dpo_steps(policy, tok, data, cfg, precomputed):
                     temporal_sr.batch_logps = lambda *_: ref
 
                 def step():
-                    temporal_sr.dpo(policy, [batch], opt, cfg, "bench")
+                    with patch.object(torch.optim, "AdamW", return_value=opt):  # of all steps
+                        temporal_sr.dpo(policy, [batch], cfg, "bench")
                     return tokens
 
                 done["trl"].append((spent, tokens))
@@ -369,7 +395,7 @@ def dpo_steps(policy, tok, data, cfg, precomputed):
 # ---------------------------------------------------------------------------------------- memory
 
 
-def memory():
+def memory(args):
     """8 rows of 512 tokens, of which the response has 64 to 256: 1,280 positions of 4,096. A
     process of its own per figure; peak above what it held before."""
     sides = ["backbone", "ours", "full logits"] + ["trl"] * has_trl()
@@ -438,50 +464,18 @@ def resident_mb(what):
     return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) * 1024 / 1e6
 
 
-# ---------------------------------------------------------------------------------------- growth
-
-
-def growth():
-    """Seconds of our GRPO step (1M, 4 prompts, groups of 8, 64 tokens; one of them varied) and the
-    slope of log seconds over log of what varies; tokens: trained on, so padding counts as cost."""
-    result = {}
-    for what, values in (("group", (4, 8, 16, 32)), ("max_new_tokens", (32, 64, 128, 256)),
-                         ("size", ("0.3M", "1M", "5M", "20M"))):
-        seconds, amounts = [], []
-        for value in values:
-            flags = {"group": 8, "max_new_tokens": NEW} | ({what: value} if what != "size" else {})
-            cfg, policy, tok, stream = load(
-                value if what == "size" else "1M", "grpo", 4, "--kl_beta", "0",
-                *(str(x) for k, v in flags.items() for x in (f"--{k}", v)))
-            if what == "max_new_tokens":
-                policy.generation_config.suppress_tokens = [1]  # no EOS: all have that length
-            opt, problems = common.MasterAdamW(policy, lr=cfg.lr), list(islice(stream, 4))
-            step = (cfg, policy, tok, opt, problems, is_even, False)
-            seconds.append(median(timed(our_step, *step)[0] for _ in range(4)))
-            amounts.append(sum(p.numel() for p in policy.parameters()) if what == "size" else value)
-        x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (amounts, seconds))
-        slope = (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
-        last = math.log(seconds[-1] / seconds[-2]) / math.log(amounts[-1] / amounts[-2])
-        result[what] = {"values": values, "amounts": amounts, "seconds": seconds,
-                        "exponent": slope, "exponent_of_the_last_two": last}
-        print(f"growth with {what}: " + ", ".join(
-            f"{v}: {s:.2f} s" for v, s in zip(values, seconds)) +
-            f"; exponent {slope:.2f}, of the last two {last:.2f}", flush=True)
-    return result
-
-
 # ---------------------------------------------------------------------------------------- parity
 
 
-def parity():
-    return {method: parity_of(method) for method in TRL}
+def parity(args):
+    return {method: parity_of(method, args) for method in TRL}
 
 
-def parity_of(method):
+def parity_of(method, args):
     """Sampled responses, random advantages; old and reference log-probabilities are the policy's
     own plus noise, so that ratios are not 1 and many are clipped. TRL pads prompts on the left, and
     float32 rounds both gradients: each is about 1e-5 from what float64 would give."""
-    cfg, policy, tok, stream = load("tiny", method, 4)
+    cfg, policy, tok, stream = load("tiny", method, 4, args)
     batch = common.sample(policy, tok, [p.prompt for p in islice(stream, 4)], cfg.group, NEW, 1.0)
     (ids, mask), A = common.collate(batch, cfg.device), torch.randn(len(batch))
     logp, _ = common.response_logps(policy, ids, mask, cfg.temperature)
@@ -508,48 +502,60 @@ def parity_of(method):
     return {"kl_beta": cfg.kl_beta, **{k: v.item() for k, v in result.items()}}
 
 
-# --------------------------------------------------------------------------------------- profile
+# ---------------------------------------------------------------------------- dtype, and before
 
 
-def profile():
-    """CPU ms of a token step with 8 and 64 live rows: dropping rows saves only what grows with
-    them. And of log-probs, forward and backward, on 64 rows of 64 tokens: the share of matrix
-    products, which both sides of every comparison need, and their speed against the fastest here.
-    """
-    square = torch.randn(1024, 1024)
-    best = 2 * 1024**3 / min(timed(lambda: square @ square)[0] for _ in range(10))
-    result = {"best_gflops": best / 1e9}
-    print(f"profile: the fastest matrix product has {best / 1e9:.0f} GFLOP/s")
-    for size in ("1M", "20M"):
-        policy, tok = random_model(size)
-        policy.generation_config.suppress_tokens = [1]  # no EOS
-        prompts = [random_ids(12) for _ in range(8)]
-        step = {8 * n: median(timed(common.sample, policy, tok, prompts[:n], 8, 32, 1.0)[0]
-                              for _ in range(4)) * 1e3 / 32 for n in (1, 8)}
-        ids, mask = torch.randint(2, VOCAB, (64, 64)), torch.ones(64, 64)
-        mask[:, :12] = 0
+def dtype(args):
+    """64 responses to 8 prompts, vocabulary 151,936; then log-probs, backward and AdamW on them."""
+    cfg = gcpo.parse(["--lr", "1e-6", *precision("1M", args)])
+    policy, tok = random_model("100M", 151936)
+    random.seed(0)
+    prompts = [random_ids(12, 151936) for _ in range(8)]
+    opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
 
-        def train():
-            common.response_logps(policy, ids, mask, 1.0)[0].sum().backward()  # noqa: B023
+    def draw(name):
+        policy.compute_dtype = getattr(torch, name)
+        return common.sample(policy, tok, prompts, 8, NEW, 1.0)
 
-        train()
-        with torch.profiler.profile(with_flops=True) as trace:
-            train()
-        events = trace.key_averages()
-        products = [e for e in events if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
-        spent, total = (sum(e.self_cpu_time_total for e in x) for x in (products, events))
-        result[size] = found = {
-            "ms_per_token_step_of_rows": step, "share_of_matrix_products": spent / total,
-            "gflops_of_matrix_products": sum(e.flops for e in products) / spent / 1e3}
-        print(f"profile, {size}: a token step takes {step[8]:.1f} ms with 8 rows, {step[64]:.1f} "
-              f"with 64; of forward and backward {spent / total:.0%} are matrix products, at "
-              f"{found['gflops_of_matrix_products']:.0f} GFLOP/s", flush=True)
-    return result
+    def count(name):
+        return sum(len(s.tokens) for s in draw(name))
+
+    def train(name):
+        policy.compute_dtype = getattr(torch, name)
+        for _, ids, mask in common.micro_batches(batch, cfg):
+            (-common.response_logps(policy, ids, mask, 1.0)[0].sum() / tokens).backward()
+        common.update(opt, cfg, cfg.warmup_steps)
+        return tokens
+
+    batch = draw("bfloat16")
+    tokens = sum(len(s.tokens) for s in batch)
+    return {title: compare(title, turns(
+        {name: partial(f, name) for name in ("bfloat16", "float32")}, args.rounds or 3))
+        for title, f in (("sampling, 100M", count), ("training step, 100M", train))}
+
+
+def before(args):
+    """User and system time of `python gcpo.py --seed 11 --steps 60` in both checkouts, in turns."""
+    spent = {"before": [], "now": []}
+    for _ in range(args.rounds or 3):
+        for side, folder in (("before", args.before), ("now", ROOT)):
+            start = resource.getrusage(resource.RUSAGE_CHILDREN)
+            with tempfile.TemporaryDirectory() as out:
+                subprocess.run(
+                    [sys.executable, "gcpo.py", "--seed", "11", "--steps", "60", "--out",
+                     f"{out}/run"], cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+            end = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent[side].append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
+            print(f"gcpo.py --seed 11 --steps 60, {side}: {spent[side][-1]:.1f} CPU s", flush=True)
+    ratio = median(spent["now"]) / median(spent["before"])
+    print(f"gcpo.py takes {ratio:.2f} times the CPU time of before")
+    return {"cpu_s": spent, "now_over_before": ratio}
 
 
 # ------------------------------------------------------------------------------------------ main
 
-PARTS = {f.__name__: f for f in (sampling, grpo, dpo, memory, growth, parity, profile)}
+PARTS = {f.__name__: f for f in (sampling, grpo, dpo, memory, parity, dtype, before)}
 OF_TRL = ("grpo", "dpo", "parity")
 
 
@@ -577,13 +583,23 @@ def about():
 
 
 def main():
-    chosen = sys.argv[1:] or list(PARTS)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--before", metavar="DIR", help="the other checkout of that part")
+    parser.add_argument("--rounds", type=int, default=0, help="of every cell; nothing is written")
+    args = parser.parse_args()
+    chosen = args.parts or [part for part in PARTS if part != "before" or args.before]
     if unknown := set(chosen) - set(PARTS):
         common.fail(f"{', '.join(sorted(unknown))}: no such part; give some of {', '.join(PARTS)}")
+    if "before" in chosen and not args.before:
+        common.fail("before: give --before DIR, another checkout")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # TRL's, of transformers
     path = ROOT / "benchmarks/results/speed.json"
     result = json.loads(path.read_text()) if path.exists() else {}
+    result = {part: x for part, x in result.items() if part in PARTS}
     info = about()  # once: the results themselves make the checkout dirty
     print("  ".join(f"{k} {v}" for k, v in info.items()))
     for part in chosen:
@@ -591,9 +607,11 @@ def main():
             print(f"{part} skipped: TRL is not installed; `make bench` has it in its environment")
             continue
         start = time.perf_counter()
-        result[part] = {"about": info, "found": PARTS[part]()}
+        result[part] = {"about": info, "found": PARTS[part](args)}
         result[part]["seconds"] = time.perf_counter() - start
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{part}: {result[part]['seconds']:.0f} s")
+        if not args.rounds:
+            path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """What a Run does with SIGINT and SIGTERM ends with its test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def worlds(tmp_path_factory):
     """tiny/ with the first rows of its files only, so that runs start within a second."""
@@ -45,7 +55,7 @@ def worlds(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(worlds):
     """-> (model, tokenizer) of tiny/arithmetic"""
-    return common.load_model("tiny", common.Config(device="cpu"))
+    return common.load_model("tiny", common.Config(device="cpu", dtype="float32"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """The equations of carft.py: hand-worked numbers and properties."""
 
 import math
+import random
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
@@ -9,32 +11,10 @@ import torch.nn.functional as F
 
 import carft
 from carft import (
-    Heads,
-    answer_of,
-    common_subsequence,
-    contrastive_loss,
-    correct,
-    cosine_parts,
-    cosine_statistics,
-    cosines,
-    critic_statistics,
-    gae,
-    group_advantages,
-    kl_shaped_rewards,
-    learning_rates,
-    negative_loss,
-    partial_rewards,
-    policy_loss,
-    pool,
-    positive_loss,
-    ppo_advantages,
-    rewards,
-    row_weights,
-    scope_mask,
-    state_values,
-    token_sets,
-    value_loss,
-    whiten,
+    Heads, answer_of, common_subsequence, contrastive_gradient, contrastive_loss, correct,
+    cosine_parts, cosines, critic_statistics, gae, group_advantages, kl_shaped_rewards,
+    learning_rates, negative_loss, partial_rewards, policy_loss, pool, positive_loss,
+    ppo_advantages, rewards, row_weights, scope_mask, state_values, token_sets, value_loss, whiten,
 )
 from common import Problem, Sample
 
@@ -89,31 +69,25 @@ def test_an_empty_token_set_is_a_zero_vector_and_takes_no_part():
     assert close(z[0, 0], 0., 0.) and close(z[0, 1], 0., 1.)
     cosines(z[0], z[0]).sum().backward()
     assert v.grad.isfinite().all() and e.grad.isfinite().all()
-    # row 1 has no own tokens: it is in no denominator, whatever its vector
+    # of three wrong CoT row 1 has none of its own tokens, row 2 none in common with its annotation
     torch.manual_seed(0)
     z_a, z_c, z_d = torch.randn(3, 3, 4)
-    present = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
-    wrong = torch.tensor([True, False, True])
-    before = negative_loss(z_a, z_c, z_d, wrong, present)
-    z_d[1] = torch.randn(4)
-    assert negative_loss(z_a, z_c, z_d, wrong, present) == before
+    wrong = torch.ones(3).bool()
+    present = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 1]]).bool()
+    loss = negative_loss(z_a, z_c, z_d, wrong, present)
+    assert loss == negative_loss(z_a, z_c, z_d, torch.tensor([True, True, False]), present)
+    for z, row in ((z_d, 1), (z_c, 2), (z_a, 2)):
+        z[row] = torch.randn(4)
+        assert negative_loss(z_a, z_c, z_d, wrong, present) == loss, "it is in no sum"
     z_d[2] = torch.randn(4)
-    assert negative_loss(z_a, z_c, z_d, wrong, present) != before
-    # without any common token a row has neither a loss nor a part in the first sum
-    present[2, 1] = False
-    before = negative_loss(z_a, z_c, z_d, wrong, present)
-    z_c[2] = torch.randn(4)
-    assert negative_loss(z_a, z_c, z_d, wrong, present) == before
-    wrong[2] = False
-    assert negative_loss(z_a, z_c, z_d, wrong, present) == before
-    # nor has a row whose annotated CoT has nothing in addition a loss
-    present[1, 0], wrong[1] = False, True
-    assert negative_loss(z_a, z_c, z_d, wrong, present) == before
-    for parity in (False, True):
-        c = z_c.clone().requires_grad_()
-        loss = negative_loss(z_a, c, z_d, wrong, torch.zeros(3, 3, dtype=torch.bool), parity)
-        loss.backward()
-        assert loss == 0 and (c.grad == 0).all()
+    assert negative_loss(z_a, z_c, z_d, wrong, present) != loss
+    # nor has a row a loss whose annotation has nothing in addition
+    present[1, 0] = False
+    assert negative_loss(z_a, z_c, z_d, wrong, present) == negative_loss(
+        z_a, z_c, z_d, torch.tensor([True, False, False]), present)
+    nothing = torch.zeros(3, 3).bool()
+    loss, grad = gradient(lambda c: negative_loss(z_a, c, z_d, wrong, nothing), z_c)
+    assert loss == 0 and (grad == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
@@ -161,35 +135,6 @@ def test_positive_loss_by_hand():
     assert close(grad, (-.703818, .938424), (-2.096984, .629095), (.358496, -1.792483))
 
 
-def test_positive_loss_as_released():
-    value, grad = gradient(lambda z: positive_loss(Z_ANN, z, RIGHT, parity=True), Z)
-    assert value == approx(6.583344), "the sum of all rows, the wrong one included"
-    assert close(grad, (-1.8, 2.4), (0, 0), (.590328, -2.951638))
-    # pure alignment: - 1/tau grad cos of the own pair, nothing above the ceiling
-    z = Z.clone().requires_grad_()
-    cos = F.cosine_similarity(Z_ANN, z)
-    (-(cos * (cos < .9)).sum() / .2).backward()
-    assert torch.allclose(grad, z.grad, atol=1e-6)
-
-
-@pytest.mark.parametrize("right, intended, released", [
-    ((0, 0, 0), 0, 0), ((1, 1, 1), 2.194448, 6.583344), ((1, 0, 0), 1.265202, 6.583344)])
-def test_positive_loss_masks(right, intended, released):
-    right = torch.tensor(right, dtype=torch.bool)
-    assert positive_loss(Z_ANN, Z, right).item() == approx(intended)
-    assert positive_loss(Z_ANN, Z, right, parity=True).item() == approx(released)
-    for parity in (False, True):
-        grad = gradient(lambda z: positive_loss(Z_ANN, z, right, parity), Z)[1]  # noqa: B023
-        assert (grad == 0).all() if not right.any() else (grad != 0).any()
-
-
-def test_of_one_row_both_losses_are_equal():
-    for i in range(3):
-        a, b = Z_ANN[i:i + 1], Z[i:i + 1]
-        assert torch.isclose(positive_loss(a, b, torch.tensor([True])),
-                             positive_loss(a, b, torch.tensor([True]), True))
-
-
 def test_positive_loss_properties():
     one = rows((1, 2))
     yes = torch.ones(1, dtype=torch.bool)
@@ -210,67 +155,39 @@ def test_positive_loss_properties():
     assert z_ann.grad is None, "no gradient into the annotated vectors"
 
 
-def test_n_identical_vectors_give_log_n(monkeypatch):
-    monkeypatch.setattr(carft, "CEILING", 2.)
-    same = rows((1, 2)).expand(5, 2)
-    assert positive_loss(same, same, torch.ones(5, dtype=torch.bool)).item() == approx(math.log(5))
-    assert positive_loss(same[:1], same[:1], torch.ones(1, dtype=torch.bool)).item() == approx(0)
-
-
 # ------------------------------------------------------------------------------ the negative signal
 
 Z_A, Z_C, Z_D = rows((1, 0), (0, 1)), rows((.8, .6), (.6, .8)), rows((-1, .2), (.5, -1))
 ALL = torch.ones(2, 3, dtype=torch.bool)
 
 
-def test_negative_loss_by_hand():
-    # exp(cos / tau): within z_c (148.413, 121.510), to z_d (.0485, .3963) and (.1786, .0425)
-    for i, (denominator, cos) in enumerate([(270.3681, .8), (270.1461, .8)]):
-        anchor = torch.arange(2) == i
-        loss = negative_loss(Z_A, Z_C, Z_D, anchor, ALL)
-        assert loss.item() == approx(math.log(denominator) - cos / .2)
-        assert loss.item() == pytest.approx((1.5998, 1.5990)[i], abs=1e-4)
-    both = torch.ones(2, dtype=torch.bool)
-    assert negative_loss(Z_A, Z_C, Z_D, both, ALL).item() == pytest.approx(1.5994, abs=1e-4)
-    assert negative_loss(Z_A, Z_C, Z_D, both, ALL, parity=True).item() == pytest.approx(
-        3.1988, abs=1e-4)
-    first = torch.tensor([True, False])
-    assert negative_loss(Z_A, Z_C, Z_D, ~both, ALL, parity=True) == 0
-    assert negative_loss(Z_A, Z_C, Z_D, first, ALL).item() == pytest.approx(1.5998, abs=1e-4)
-    assert negative_loss(Z_A, Z_C, Z_D, first, ALL, parity=True).item() == pytest.approx(
-        3.1988, abs=1e-4), "as released: of all rows, if any is wrong"
-
-
-@pytest.mark.parametrize("parity", [False, True])
-def test_negative_loss_gradients(parity):
+def test_negative_loss_gradients():
     torch.manual_seed(0)
     a, c, d = (torch.randn(6, 8).requires_grad_() for _ in range(3))
-    anchor = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
-    own = torch.ones(6, 3, dtype=torch.bool)
-    negative_loss(a, c, d, anchor, own, parity).backward()
+    anchor, every = torch.tensor([1, 0, 1, 1, 0, 1]).bool(), torch.ones(6, 3).bool()
+    before = negative_loss(a, c, d, anchor, every)
+    before.backward()
     assert a.grad is None, "no gradient into the annotated vectors"
-    assert (c.grad != 0).any(1).all(), "z_c has gradient in the denominator in both forms"
-    assert d.grad is None if parity else (d.grad != 0).any(1).all()
-    assert torch.allclose((c.grad * c).sum(1), torch.zeros(6), atol=1e-5)
-    if not parity:  # pulled to z_a and away from z_d: a step down the gradient does both
-        with torch.no_grad():
-            c2, d2 = c - .01 * c.grad, d - .01 * d.grad
-        assert negative_loss(a, c2, d2, anchor, own) < negative_loss(a, c, d, anchor, own)
+    assert (c.grad != 0).any(1).all() and (d.grad != 0).any(1).all()
+    assert torch.allclose((c.grad * c).sum(1), torch.zeros(6), atol=1e-5), "gradient _|_ z"
+    with torch.no_grad():  # a step down the gradient pulls z_c to z_a, and pushes z_c off z_d
+        c2, d2 = c - .01 * c.grad, d - .01 * d.grad
+        assert negative_loss(a, c2, d, anchor, every) < before
+        assert negative_loss(a, c, d2, anchor, every) < before
+        assert (cosines(a, c2) - cosines(a, c)).diag()[anchor].mean() > 0
 
 
 def test_negative_loss_formula():
     torch.manual_seed(1)
     a, c, d = torch.randn(3, 4, 8)
-    cos = lambda x, y: (x @ y / x.norm() / y.norm()).item()  # noqa: E731
-    losses = []
+    cos, losses = (lambda x, y: (x @ y / x.norm() / y.norm()).item()), []  # noqa: E731
     for i in range(4):
         pull = math.exp(min(cos(a[i], c[i]), .9) / .2)
-        losses.append(-math.log(pull / (sum(math.exp(cos(c[i], c[k]) / .2) for k in range(4))
-                                        + sum(math.exp(cos(c[i], d[k]) / .2) for k in range(4)))))
-    anchor = torch.tensor([True, False, True, True])
-    own = torch.ones(4, 3, dtype=torch.bool)
-    expected = (losses[0] + losses[2] + losses[3]) / 3
-    assert negative_loss(a, c, d, anchor, own).item() == approx(expected)
+        losses.append(-math.log(pull / sum(math.exp(cos(c[i], z[k]) / .2)
+                                           for z in (c, d) for k in range(4))))
+    wrong = torch.tensor([True, False, True, True])
+    assert negative_loss(a, c, d, wrong, torch.ones(4, 3).bool()).item() == approx(
+        (losses[0] + losses[2] + losses[3]) / 3)
 
 
 def test_negative_pull_ends_at_the_ceiling():
@@ -289,37 +206,32 @@ def test_longest_common_subsequence():
     assert common_subsequence("", "AB") == ([], []) == common_subsequence("AB", "")
     assert common_subsequence("AB", "CD") == ([], [])
     assert common_subsequence("AB", "BA") == ([1], [0]), "a tie goes left"
-    import random
     rng = random.Random(0)
     for _ in range(50):
         a, b = ([rng.randrange(4) for _ in range(rng.randrange(9))] for _ in range(2))
         i, j = common_subsequence(a, b)
         assert [a[x] for x in i] == [b[x] for x in j] and i == sorted(i) and j == sorted(j)
-        from itertools import combinations
         subsequences = {c for n in range(len(a) + 1) for c in combinations(a, n)}
         longest = max((len(c) for n in range(len(b) + 1) for c in combinations(b, n)
                        if c in subsequences), default=0)
         assert len(i) == longest
 
 
-def made(prompt, tokens):
-    ids = {t: i for i, t in enumerate("Q : A 2 3 5 6 + * = | </s> pad".split())}
-    return Sample(tuple(ids[t] for t in prompt.split()), [ids[t] for t in tokens.split()], "", True)
+def made(tokens):
+    """A CoT of the question 2 + 3, whose prompt has columns 0 to 7."""
+    prompt, tokens = ([ord(t[0]) for t in text.split()] for text in ("Q : 2 + 3 A : |", tokens))
+    return Sample(tuple(prompt), tokens, "", True)
 
 
 def test_token_sets():
-    prompt = "Q : 2 + 3 A : |"
-    annotated, sampled = made(prompt, "2 + 3 = 5 </s>"), made(prompt, "2 * 3 = 6 </s>")
-    cfg = SimpleNamespace(signal="both", code_parity=False)
+    annotated, sampled = made("2 + 3 = 5 </s>"), made("2 * 3 = 6 </s>")
+    cfg = SimpleNamespace(signal="both")
     own, theirs = token_sets(sampled, annotated, cfg)
     assert own == [[8, 9, 10, 11, 12, 13], [8, 10, 11, 13], [9, 12]]
     assert theirs == [[8, 9, 10, 11, 12, 13], [9, 12]]
-    cfg.code_parity = True  # the released code looks for common tokens in the prompt, too
-    own, theirs = token_sets(sampled, annotated, cfg)
-    assert own[1] == [*range(8), 8, 10, 11, 13] and own[2] == [9, 12] and theirs[1] == [9, 12]
     cfg.signal = "positive"
     assert token_sets(sampled, annotated, cfg) == ([[*range(8, 14)]], [[*range(8, 14)]])
-    longer = made(prompt, "2 + 3 = 5 = 5 </s>")
+    longer = made("2 + 3 = 5 = 5 </s>")
     assert token_sets(sampled, longer, cfg)[1] == [[*range(8, 16)]]
 
 
@@ -328,24 +240,96 @@ def test_the_signals_are_put_together():
     Z, Z_ann = torch.randn(4, 3, 64), torch.randn(4, 2, 64)
     right = torch.tensor([True, False, False, False])
     sets = [[[5], [5], [6]], [[5], [5], [6]], [[5], [], [6]], [[5], [5], []]]
-    sets_ann = [[[5], [6]], [[5], [6]], [[5], [6]], [[5], [6]]]
-    own = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=torch.bool)
-    of = {s: contrastive_loss(Z, Z_ann, sets, sets_ann, right,
-                              SimpleNamespace(signal=s, code_parity=False)).item()
-          for s in ("positive", "negative", "both")}
+    sets_ann = [[[5], [6]], [[5], [6]], [[5], [6]], [[5], []]]
+    present = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [0, 1, 0]]).bool()
+    arguments = {signal: (Z_ann, sets, sets_ann, right, SimpleNamespace(signal=signal))
+                 for signal in ("positive", "negative", "both")}
+    of = {signal: contrastive_loss(Z, *rest).item() for signal, rest in arguments.items()}
     assert of["positive"] == approx(positive_loss(Z_ann[:, 0], Z[:, 0], right).item())
     assert of["negative"] == approx(
-        negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right, own).item())
+        negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right, present).item())
     assert of["both"] == approx((of["positive"] + of["negative"]) / 2)
-    sets_ann[3] = [[5], []]  # the annotation has nothing in addition
-    own[3, 0] = False
-    for parity in (False, True):
-        cfg = SimpleNamespace(signal="negative", code_parity=parity)
-        assert contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg).item() == approx(
-            negative_loss(Z_ann[:, 1], Z[:, 1], Z[:, 2], ~right, own, parity).item())
-        cfg.signal = "positive"
-        assert contrastive_loss(Z, Z_ann, sets, sets_ann, right, cfg).item() == approx(
-            positive_loss(Z_ann[:, 0], Z[:, 0], right, parity).item())
+    loss, dZ = contrastive_gradient(Z, *arguments["both"])
+    assert loss == approx(of["both"])
+    assert torch.equal(dZ, gradient(lambda Z: contrastive_loss(Z, *arguments["both"]), Z)[1])
+
+
+# ------------------------------------------------------- what the released code computes (D1, D6)
+
+
+def released(pull, others, mask):
+    """- log(pull / others), (B,), times a mask (B, 1): each row of the (B, B) product holds all
+    losses, so a single row of the mask that is 1 lets the losses of all rows in."""
+    product = -(pull / others).log() * mask[:, None].float()
+    return product.sum() / (mask.sum() + 1e-8)
+
+
+def exp_cos(x, y):
+    return (F.cosine_similarity(x[:, None], y[None], dim=-1) / .2).exp()
+
+
+def pull_of(x, y):
+    return (F.cosine_similarity(x, y).clamp(max=.9) / .2).exp()
+
+
+def released_positive(z_ann, z, right):
+    gathered = z.detach()  # torch.distributed.all_gather returns vectors without gradient
+    return released(pull_of(z_ann, z), exp_cos(z_ann, gathered).sum(1), right)
+
+
+def released_negative(z_a, z_c, z_d, wrong):
+    gathered = z_d.detach()
+    others = exp_cos(z_c, z_c).sum(1) + exp_cos(z_c, gathered).sum(1)
+    return released(pull_of(z_a, z_c), others, wrong)
+
+
+@pytest.mark.parametrize("right, ours, theirs", [
+    ((0, 0, 0), 0, 0), ((1, 1, 1), 2.194448, 6.583344), ((1, 0, 0), 1.265202, 6.583344),
+    ((1, 0, 1), 3.060430, 6.583344)])
+def test_the_released_positive_loss_is_the_sum_of_all_rows(right, ours, theirs):
+    right = torch.tensor(right).bool()
+    loss, grad = gradient(lambda z: positive_loss(Z_ANN, z, right), Z)
+    released_loss, released_grad = gradient(lambda z: released_positive(Z_ANN, z, right), Z)
+    assert (loss, released_loss) == (approx(ours), approx(theirs))
+    if not right.any():
+        return
+    # row 1 is above the ceiling: as released it has no gradient at all, right or wrong
+    assert close(released_grad, (-1.8, 2.4), (0, 0), (.590328, -2.951638))
+    assert (grad != 0).any(1).all(), "ours pushes it off the annotations of the other rows"
+    # what is left of the released loss is attraction, - 1/tau grad cos below the ceiling
+    attraction = gradient(lambda z: -(F.cosine_similarity(Z_ANN, z)[[0, 2]] / .2).sum(), Z)[1]
+    assert torch.allclose(released_grad, attraction, atol=1e-6)
+
+
+def test_the_released_negative_loss_is_the_sum_of_all_rows_without_gradient_into_z_d():
+    one, none = torch.tensor([True, False]), torch.zeros(2).bool()
+    assert released_negative(Z_A, Z_C, Z_D, one).item() == pytest.approx(1.5998 + 1.5990, abs=1e-4)
+    assert negative_loss(Z_A, Z_C, Z_D, one, ALL).item() == pytest.approx(1.5998, abs=1e-4)
+    assert released_negative(Z_A, Z_C, Z_D, none) == 0
+    c, d = Z_C.clone().requires_grad_(), Z_D.clone().requires_grad_()
+    released_negative(Z_A, c, d, one).backward()
+    assert (c.grad != 0).any(1).all() and d.grad is None
+    negative_loss(Z_A, c, d, one, ALL).backward()
+    assert (d.grad != 0).any(1).all()
+
+
+def test_of_one_row_the_released_losses_are_ours():
+    yes = torch.tensor([True])
+    for i in range(3):
+        a, z = Z_ANN[i:i + 1], Z[i:i + 1]
+        assert released_positive(a, z, yes).item() == approx(positive_loss(a, z, yes).item())
+    first = Z_A[:1], Z_C[:1], Z_D[:1], yes
+    assert released_negative(*first).item() == approx(negative_loss(*first, ALL[:1]).item())
+
+
+def test_the_released_common_tokens_are_also_those_of_the_prompt():
+    annotated, sampled = made("2 + 3 = 5 </s>"), made("2 * 3 = 6 </s>")
+    cfg = SimpleNamespace(signal="negative")
+    (_, shared, own), (_, extra) = token_sets(sampled, annotated, cfg)
+    in_ann, in_cot = common_subsequence(*([*s.prompt, *s.tokens] for s in (annotated, sampled)))
+    assert shared == [8, 10, 11, 13] and in_cot == [*range(8), *shared]
+    assert own == [t for t in carft.columns(sampled) if t not in in_cot] == [9, 12]
+    assert extra == [t for t in carft.columns(annotated) if t not in in_ann] == [9, 12]
 
 
 # ----------------------------------------------------------------------------------------- PPO
@@ -403,13 +387,6 @@ def test_gae_against_the_sum(gamma, lam):
     assert (A[mask == 0] == 0).all() and (R[mask == 0] == 0).all()
 
 
-def test_without_critic_kl_and_discount_every_token_has_the_reward():
-    mask, r = rows([0, 1, 1, 1, 0], [0, 0, 1, 0, 0]), rows(1., .1)
-    rho = kl_shaped_rewards(r, torch.randn(2, 5), torch.randn(2, 5), mask, 0.)
-    A, R = gae(rho, torch.zeros(2, 5), mask, 1., 1.)
-    assert torch.allclose(A, r[:, None] * mask) and torch.allclose(R, A)
-
-
 def test_whitening_is_of_all_tokens_of_the_batch():
     torch.manual_seed(0)
     mask = (torch.rand(5, 9) < .6).float()
@@ -423,13 +400,14 @@ def test_whitening_is_of_all_tokens_of_the_batch():
 
 
 def test_policy_loss_by_hand():
-    ratio, A, mask = rows([1.5, .5, 1.5, .5]), rows([1, 1, -1, -1]), torch.ones(1, 4)
-    for t, expected in enumerate((-1.2, -.5, 1.5, .8)):
-        only = (torch.arange(4) == t).float()[None]
-        loss, cut = policy_loss(ratio.log(), torch.zeros(1, 4), A, only, torch.ones(1))
-        assert loss.item() == approx(expected)
-        assert cut.item() == (t in (0, 3))
-    loss, cut = policy_loss(ratio.log(), torch.zeros(1, 4), A, mask, torch.full((1,), 1 / 4))
+    ratio, A = rows([1.5, .5, 1.5, .5]), rows([1, 1, -1, -1])
+    for t, (expected, moves) in enumerate([(-1.2, False), (-.5, True), (1.5, True), (.8, False)]):
+        only, logp = (torch.arange(4) == t).float()[None], ratio.log().requires_grad_()
+        loss, cut = policy_loss(logp, torch.zeros(1, 4), A, only, torch.ones(1))
+        loss.backward()
+        assert loss.item() == approx(expected) and cut.item() == (not moves)
+        assert (logp.grad[0, t] != 0) == moves and logp.grad.count_nonzero() <= 1
+    loss, cut = policy_loss(ratio.log(), torch.zeros(1, 4), A, torch.ones(1, 4), rows(1 / 4))
     assert loss.item() == approx((-1.2 - .5 + 1.5 + .8) / 4) and cut.item() == .5
 
 
@@ -439,15 +417,13 @@ def test_policy_loss_gradient_and_the_weights_of_rows():
     logp, A = (torch.randn(2, 4) * mask).requires_grad_(), torch.randn(2, 4) * mask
     weight = row_weights(mask, SimpleNamespace(method="reft"))
     assert close(weight, 1 / 4, 1 / 6)
+    assert close(row_weights(mask, SimpleNamespace(method="drgrpo", max_new_tokens=16)),
+                 1 / 32, 1 / 32), "no length in its loss"
     loss, cut = policy_loss(logp, logp.detach(), A, mask, weight)
     # ratio 1: minus the mean over rows of the mean over tokens of A, and REINFORCE's gradient
     assert loss.item() == approx(-((A.sum(1) / mask.sum(1)).mean()).item()) and (cut == 0).all()
     loss.backward()
     assert torch.allclose(logp.grad, -A * weight[:, None])
-    for ratio, a, moves in [(1.3, 1, False), (1.3, -1, True), (.7, 1, True), (.7, -1, False)]:
-        x = torch.full((1, 1), math.log(ratio)).requires_grad_()
-        policy_loss(x, torch.zeros(1, 1), rows([a]), torch.ones(1, 1), torch.ones(1))[0].backward()
-        assert (x.grad != 0).item() == moves
 
 
 def test_value_loss_by_hand():
@@ -470,16 +446,6 @@ def test_drgrpo_by_hand():
     for n in range(2, 17):
         assert (group_advantages(torch.full((1, n), .1)) == 0).all(), "a flat group: exact zeros"
     assert torch.allclose(group_advantages(10 * r), 10 * A, atol=1e-6), "no division by the std"
-
-
-def test_drgrpo_has_no_length_in_its_loss():
-    short, long = rows([1, 1, 0, 0]), rows([1, 1, 1, 1])
-    logp = torch.zeros(1, 4)
-    of = {method: [policy_loss(logp, logp, 2 * m, m, row_weights(m, SimpleNamespace(
-        method=method, max_new_tokens=16)))[0].item() for m in (short, long)]
-        for method in ("drgrpo", "carft")}
-    assert of["drgrpo"][1] == 2 * of["drgrpo"][0] == approx(-8 / 16)
-    assert of["carft"][0] == of["carft"][1] == approx(-2)
 
 
 # --------------------------------------------------------------------------------- reward and task
@@ -513,14 +479,13 @@ def test_an_answer_that_is_no_number():
     assert answer_of("#### x+1", Problem("?", "x+2")) == (False, False)
 
 
-def test_cosine_statistics():
+def test_cosine_parts():
     z_ann, z = rows((1, 0), (0, 1), (1, 1)), rows((2, 0), (1, 0), (1, 1))
     right = torch.tensor([True, False, True])
     half = math.sqrt(.5)
-    found = cosine_statistics(cosine_parts(z_ann, z, right))
-    assert found["cos_correct"] == approx(1) and found["cos_wrong"] == approx(0)
-    assert found["cos_other"] == approx((1 + half + 0 + half + half + half) / 6)
-    assert set(cosine_statistics(cosine_parts(z_ann[:1], z[:1], right[:1]))) == {"cos_correct"}
+    parts = cosine_parts(z_ann, z, right)
+    assert close(parts["cos_correct"], 1., 1.) and close(parts["cos_wrong"], [0.])
+    assert close(parts["cos_other"], 1., half, 0., half, half, half)
 
 
 def test_critic_statistics():

@@ -1,14 +1,11 @@
 """gcpo.py end to end, in-process on small checkpoints: learns, resumes, refuses bad input."""
 
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from test_common import (  # noqa: F401 (a fixture)
     flat,
     jsonl,
     llama_folder,
+    spy,
     tiny_problems,
     write,
 )
@@ -40,18 +38,52 @@ def weights(out):
     return flat(AutoModelForCausalLM.from_pretrained(out / "model"))
 
 
-# --------------------------------------------------------------------------------- the run folder
+def files(out):
+    """What must be the same, byte for byte, whether a run was interrupted or not."""
+    return [(out / name).read_bytes()
+            for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors")]
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """Drawing is most of the time that a short run takes."""
+    if request.function is not test_run_folder:
+        monkeypatch.setattr(common.Run, "draw_curves", lambda run: None)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """-> a function: from then on response i of group g counts as right(i, g). Solutions of the
+    data stay right. It returns the list of all sampled groups, which grows."""
+    real = gcpo.roll_out
+
+    def call(right):
+        sampled = []
+
+        def roll_out(*a):
+            groups = real(*a)
+            for n, g in enumerate(groups, len(sampled)):
+                g.correct = [right(i, n) for i in range(len(g.samples))]
+                g.rewards = [float(c) for c in g.correct]
+            sampled.extend(groups)
+            return groups
+
+        monkeypatch.setattr(gcpo, "roll_out", roll_out)
+        return sampled
+    return call
+
+
+# ------------------------------------------------------------------------ the run folder, methods
 
 
 def test_run_folder(tmp_path, capsys, tiny):
-    rows = run(tmp_path / "r", "--eval_samples", 2)
     folder = tmp_path / "r"
+    rows = run(folder, "--eval_samples", 2)
     printed = capsys.readouterr().out
     assert [r["step"] for r in rows] == [0, 1, 2]
-    assert all(isinstance(v, (int, float)) for r in rows for v in r.values())
-    config = json.loads((folder / "config.json").read_text())
-    assert config["config"]["golden"] == "dataset" and config["config"]["clip_high"] == 4e-4
-    assert torch.__version__.startswith(config["versions"]["torch"]) and config["device"] == "cpu"
+    check_metrics({k for r in rows for k in r}, gcpo.METRICS)
+    config = json.loads((folder / "config.json").read_text())["config"]
+    assert config["golden"] == "dataset" and config["clip_high"] == 4e-4
     summary = json.loads((folder / "summary.json").read_text())
     assert {k: summary[k] for k in ("script", "method", "model", "seed", "steps")} == {
         "script": "gcpo", "method": "gcpo", "model": "tiny", "seed": 0, "steps": 2}
@@ -60,185 +92,136 @@ def test_run_folder(tmp_path, capsys, tiny):
     samples = jsonl(folder / "samples.jsonl")
     assert {"step", "prompt", "response", "reward", "golden"} == set(samples[0])
     assert any(s["golden"] and s["reward"] == 1 for s in samples)
-    assert (folder / "curves.png").stat().st_size > 10_000
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "samples.jsonl",
         "summary.json"]
-    tok = AutoTokenizer.from_pretrained(folder / "model")
-    text = "12-5=7\n#### 7 figs, two  spaces"
-    assert tok.decode(tok(text).input_ids) == text
+    assert (folder / "curves.png").stat().st_size > 10_000
     assert not torch.equal(weights(folder), flat(tiny[0]))
-    table = printed[printed.index("held-out"):].splitlines()
+    table = printed[printed.index("held-out "):].splitlines()
     assert table[0].split() == ["held-out", "before", "after"] and "r/" in table[-1]
 
 
-def test_every_declared_metric_is_logged(tmp_path):
-    names = {k for method, extra in (("gcpo", []), ("grpo", ["--updates", "2"]))
-             for r in run(tmp_path / method, "--method", method, *extra) for k in r}
-    check_metrics(names, gcpo.METRICS)
-
-
 @pytest.mark.parametrize("argv", [
-    ["--method", "gspo"], ["--method", "dapo"], ["--method", "grpo", "--updates", 2],
-    ["--dynamic_sampling", "--ratio", "token"], ["--golden_old", "one", "--golden_clip", "false"],
-    ["--ratio", "sequence_sum", "--updates", 4, "--overlong_cache", 5]])
-def test_methods_and_switches_run(tmp_path, argv):
-    for r in run(tmp_path / "r", *argv)[1:]:
-        assert r["optim/grad_norm"] >= 0 and abs(r["loss/total"]) < 100
+    ["--method", "gcpo"], ["--method", "gspo"], ["--method", "dapo"], ["--method", "grpo"],
+    ["--dynamic_sampling", "--ratio", "token"], ["--ratio", "sequence_sum", "--overlong_cache", .1],
+    ["--method", "dapo", "--golden", "dataset", "--updates", 2]])
+def test_methods_and_switches_run(tmp_path, scored, argv):
+    scored(lambda i, g: i == 1 and g % 2 == 0)
+    for r in run(tmp_path / "r", "--temperature", 1.3, *argv)[1:]:
+        assert r["optim/grad_norm"] > 1e-3
+        assert r["policy/mismatch"] < 1e-4, "rounding, at the temperature of sampling"
+        assert (r["groups/golden"] > 0) == ("golden/logp" in r)
+        assert r["groups/golden"] == 0 or "gspo" not in argv and "grpo" not in argv
+        if "--updates" not in argv:
+            assert r["policy/clipped"] == r.get("golden/clipped", 0) == 0, "the ratio is 1"
+        assert (r["policy/kl"] > 0) == ("grpo" in argv and r["step"] == 2)
 
 
-def test_one_update_has_ratio_one_and_no_loss(tmp_path):
-    for r in run(tmp_path / "r", "--prompts", 8)[1:]:
-        assert abs(r["loss/total"]) < 1e-5 < r["optim/grad_norm"]
-        assert r["policy/clipped"] == 0 and r["golden/clipped"] == 0
-        assert r["policy/mismatch"] < 1e-4  # rounding, at logits of up to 30
+def test_training_does_not_depend_on_micro_tokens(tmp_path, monkeypatch, scored):
+    """The gradient; AdamW makes a whole step of the rounding of a vanishing one."""
+    scored(lambda i, g: i == 1 and g % 2 == 1)
+    update, gradients = gcpo.update, []
+    monkeypatch.setattr(gcpo, "update", lambda opt, *a: (
+        gradients.append(torch.cat([p.grad.flatten() for g in opt.param_groups
+                                    for p in g["params"]])), update(opt, *a))[1])
+    for method in gcpo.METHODS:
+        for n in (64, 100_000):
+            run(tmp_path / f"{method}{n}", "--method", method, "--micro_tokens", n, "--lr", 1e-5,
+                "--updates", 2, steps=1)
+        a, b = torch.cat(gradients[-4:-2]), torch.cat(gradients[-2:])
+        assert a.norm() > 0 and (a - b).norm() < 1e-3 * b.norm(), method
 
 
-def test_several_updates_move_the_ratio_and_clip_the_golden_answer(tmp_path):
-    r = run(tmp_path / "r", "--prompts", 8, "--updates", 4, steps=1)[1]
-    assert r["golden/clipped"] > 0 and r["policy/clipped"] > 0
-    free = run(tmp_path / "free", "--prompts", 8, "--updates", 4, "--golden_clip", "false",
-               steps=1)[1]
-    assert free["golden/clipped"] == 0 < free["policy/clipped"]
+# -------------------------------------------------------------- what the loop does with its groups
 
 
-# ----------------------------------------------------------------- GCPO against GSPO, exactly
+def test_roll_out_verifies_the_group_of_each_problem(tiny):
+    model, tok = tiny
+    cfg = gcpo.Config(method="dapo", overlong_cache=.5, group=4, max_new_tokens=30, device="cpu")
+    problems = common.encode_prompts(tiny_problems((1, 4), 12), model, tok, "", 30, "")
+    groups = gcpo.roll_out(model, tok, problems, cfg)
+    assert [g.problem for g in groups] == problems
+    for g in groups:
+        assert len(g.samples) == 4 and {s.prompt for s in g.samples} == {g.problem.prompt}
+        assert g.correct == [common.extract_answer(s.text) == g.problem.answer for s in g.samples]
+        assert g.rewards == [gcpo.reward(c, len(s.tokens), cfg)
+                             for c, s in zip(g.correct, g.samples)]
+        assert g.golden is None
+    assert len({r for g in groups for r in g.rewards}) > 3, "of several lengths"
 
 
-def all_correct(monkeypatch, right):
-    """Every sampled response is scored `right`; solutions of the data stay right."""
-    real = gcpo.roll_out
-
-    def scored(*a):
-        groups = real(*a)
-        for g in groups:
-            g.correct = [right(i) for i in range(len(g.samples))]
-            g.rewards = [float(c) for c in g.correct]
-        return groups
-
-    monkeypatch.setattr(gcpo, "roll_out", scored)
-
-
-def test_without_all_wrong_groups_gcpo_is_gspo(tmp_path, monkeypatch):
-    all_correct(monkeypatch, lambda i: i == 1)
+def test_without_all_wrong_groups_gcpo_is_gspo(tmp_path, scored):
+    scored(lambda i, g: i == 1)
     for method in ("gcpo", "gspo"):
         rows = run(tmp_path / method, "--method", method, "--updates", 2)
         assert all(r["groups/golden"] == 0 < r["optim/grad_norm"] for r in rows[1:])
-    same = [(tmp_path / m / "metrics.jsonl").read_text() for m in ("gcpo", "gspo")]
-    assert same[0] == same[1]
-    assert torch.equal(weights(tmp_path / "gcpo"), weights(tmp_path / "gspo"))
+    assert files(tmp_path / "gcpo") == files(tmp_path / "gspo")
 
 
 @pytest.mark.parametrize("right", [False, True])
-def test_a_batch_without_contrast_has_exactly_zero_gradient(tmp_path, monkeypatch, tiny, right):
-    all_correct(monkeypatch, lambda i: right)
+def test_a_batch_without_contrast_has_exactly_zero_gradient(tmp_path, scored, tiny, right):
+    scored(lambda i, g: right)
     off = run(tmp_path / "off", "--golden", "off")
-    assert all(r["optim/grad_norm"] == 0 and r["loss/total"] == 0 for r in off[1:])
+    assert all(r["optim/grad_norm"] == 0 for r in off[1:])
     assert torch.equal(weights(tmp_path / "off"), flat(tiny[0]))
     on = run(tmp_path / "on")
-    assert all((r["optim/grad_norm"] == 0) == right for r in on[1:])
-    assert all(r["groups/golden"] == (0 if right else 1) for r in on[1:])
-
-
-def test_golden_answers_stay_out_of_the_statistics(tmp_path, monkeypatch):
-    all_correct(monkeypatch, lambda i: False)
-    r = run(tmp_path / "r", steps=1)[1]
-    assert r["reward/accuracy"] == r["reward/mean"] == 0 and r["groups/all_wrong"] == 1
-    off = run(tmp_path / "off", "--golden", "off", steps=1)[1]
+    for r in on[1:]:
+        assert (r["optim/grad_norm"] == 0) == right and r["groups/golden"] == (not right)
+        assert r["reward/accuracy"] == r["reward/mean"] == r["groups/all_correct"] == right
+        assert r["groups/all_wrong"] == (not right)
     for name in ("sample/length", "policy/entropy", "sample/tokens", "sample/truncated"):
-        assert r[name] == off[name]
+        assert on[1][name] == off[1][name], "golden answers are no samples"
 
 
-def test_dynamic_sampling_drops_flat_groups_and_gives_up_in_the_end(tmp_path, monkeypatch, capsys):
-    for right in (True, False):
-        all_correct(monkeypatch, lambda i, right=right: right)
-        r = run(tmp_path / str(right), "--method", "dapo", steps=1)[1]
-        assert r["sample/rounds"] == gcpo.MAX_BATCHES and r["optim/grad_norm"] == 0
-        assert "step 1: only 0 of 40 sampled groups have contrast" in capsys.readouterr().out
-    all_correct(monkeypatch, lambda i: i == 0)
-    assert run(tmp_path / "s", "--method", "dapo", steps=1)[1]["sample/rounds"] == 1
+def test_repaired_groups_are_trained_on(tmp_path, scored, monkeypatch):
+    """Roles of policy_loss in two mini-batches of two steps, against the sampled groups."""
+    calls, repairs = spy(monkeypatch, gcpo, "policy_loss"), spy(monkeypatch, gcpo, "replace_golden")
+    scored(lambda i, g: False)
+    rows = run(tmp_path / "r", "--updates", 2, "--kl_beta", .04, "--micro_tokens", 10**6, "--lr",
+               1e-5)
+    assert len(calls) == 4
+    groups = [new for _, new in repairs]
+    assert len({g.golden for g in groups}) > 1, "any response may be the one"
+    for n, ((logp, old, ref, A, mask, _, n_seq, n_tok), _) in enumerate(calls):
+        assert logp.requires_grad and not old.requires_grad and not ref.requires_grad
+        # the first update of a step is on-policy; only in the first step the reference is the
+        # old policy
+        assert torch.allclose(logp, old, atol=1e-4) == (n % 2 == 0)
+        assert torch.allclose(old, ref, atol=1e-4) == (n < 2)
+        here = groups[2 * n:2 * n + 2]
+        lengths = [len(s.tokens) for g in here for s in g.samples]
+        assert (n_seq, n_tok) == (6, sum(lengths))
+        assert sorted(mask.sum(1).tolist()) == sorted(lengths)
+        gold = A > 0  # its reward is 1, those of the others 0: 2/3 / .57735, -1/3 / .57735
+        assert A[gold].tolist() == pytest.approx([1.1547] * 2, abs=1e-4)
+        assert A[~gold].tolist() == pytest.approx([-.57735] * 4, abs=1e-4)
+        solutions = [g.samples[g.golden] for g in here]
+        assert sorted(mask[gold].sum(1)) == sorted(len(s.tokens) for s in solutions)
+        assert {s.text for s in solutions} == {g.problem.solution for g in here}
+    for step, r in enumerate(rows[1:]):
+        a, b = calls[2 * step:2 * step + 2]
+        gold = torch.cat([c[0][3] > 0 for c in (a, b)])
+        told = torch.cat([c[0][1][c[0][3] > 0][c[0][4][c[0][3] > 0] > 0] for c in (a, b)])
+        assert r["golden/logp"] == pytest.approx(told.mean().item(), rel=1e-5)
+        for name, at, part in (("golden/clipped", 1, gold), ("policy/clipped", 1, ~gold),
+                               ("policy/kl", 2, ~gold)):
+            told = torch.cat([c[1][at] for c in (a, b)])[part]
+            assert r[name] == pytest.approx(told.mean().item(), rel=1e-5)
+    assert rows[1]["golden/clipped"] > 0, "the first two golden answers are alike"
 
 
-def test_dynamic_sampling_skips_no_problem(tmp_path, monkeypatch):
-    real, stream, asked, starts = gcpo.roll_out, gcpo.problem_stream, [], []
-
-    def half_flat(*a):
-        groups = real(*a)
-        for i, g in enumerate(groups):
-            g.correct = [i % 2 == 0, True, True]
-        asked.extend(g.problem.question for g in groups)
-        return groups
-
-    monkeypatch.setattr(gcpo, "roll_out", half_flat)
-    monkeypatch.setattr(gcpo, "problem_stream", lambda train, *a: starts.append(train) or
-                        stream(train, *a))
-    run(tmp_path / "r", "--method", "dapo")
-    expected = [p.question for p in islice(stream(starts[0], 0, 0), len(asked))]
-    assert asked == expected and len(asked) > 8
-
-
-def test_repaired_groups_pass_the_filter(tmp_path, monkeypatch):
-    all_correct(monkeypatch, lambda i: False)
-    r = run(tmp_path / "r", "--dynamic_sampling", steps=1)[1]
-    assert r["sample/rounds"] == 1 and r["groups/golden"] == 1
-
-
-def test_micro_batches_are_small_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for flags, size in (([], 1024), (["--device", "cuda"], 2048), (["--micro_tokens", "77"], 77)):
-        assert gcpo.parse(flags).micro_tokens == size
-
-
-@pytest.mark.parametrize("method", ["gcpo", "dapo", "grpo"])
-def test_training_does_not_depend_on_micro_tokens(tmp_path, method):
-    found = []
-    for n in (64, 100_000):
-        rows = run(tmp_path / str(n), "--method", method, "--micro_tokens", n, "--updates", 2,
-                   steps=1)
-        found.append((rows[1]["optim/grad_norm"], weights(tmp_path / str(n))))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
-    assert (found[0][1] - found[1][1]).abs().max() < 1e-4
-
-
-def spy(monkeypatch):
-    """Records the arguments of every policy_loss."""
-    real, calls = gcpo.policy_loss, []
-
-    def recorded(*a, **k):
-        calls.append(a)
-        return real(*a, **k)
-
-    monkeypatch.setattr(gcpo, "policy_loss", recorded)
-    return calls
-
-
-def test_normalisers_count_the_whole_mini_batch(tmp_path, monkeypatch):
-    all_correct(monkeypatch, lambda i: i == 1)
-    real, calls = gcpo.roll_out, spy(monkeypatch)
-    sizes = []
-
-    def half_flat(*a):  # of each mini-batch of two groups, one has no contrast and still counts
-        groups = real(*a)
-        for g in groups[::2]:
-            g.correct, g.rewards = [True] * 3, [1.0] * 3
-        sizes.extend(sum(len(s.tokens) for s in g.samples) for g in groups)
-        return groups
-
-    monkeypatch.setattr(gcpo, "roll_out", half_flat)
-    run(tmp_path / "r", "--updates", 2, "--micro_tokens", 10**6, steps=1)
-    assert [(c[6], c[7]) for c in calls] == [(6, sum(sizes[:2])), (6, sum(sizes[2:]))]
-    assert [int(c[4].sum()) for c in calls] == [sizes[1], sizes[3]]
-    assert [len(c[3]) for c in calls] == [3, 3]
-
-
-def test_old_probability_one_is_for_golden_answers_only(tmp_path, monkeypatch):
-    calls = spy(monkeypatch)
-    r = run(tmp_path / "r", "--golden_old", "one", "--micro_tokens", 10**6, "--prompts", 8, steps=1)
-    (logp, old, _, A, mask, *_), = calls
-    golden = (old == 0).all(1)
-    assert 0 < golden.sum() < len(golden) and (A[golden] > 0).all()
-    assert torch.equal(old[~golden], logp[~golden].detach())
-    assert r[1]["golden/logp"] < 0, "the log-prob under the policy, not the stand-in"
+def test_groups_without_contrast_count_and_with_a_kl_term_are_trained_on(tmp_path, scored,
+                                                                         monkeypatch):
+    calls = spy(monkeypatch, gcpo, "policy_loss")
+    sampled = scored(lambda i, g: i == 1 or g % 2 == 0)
+    for beta in (0, .04):
+        run(tmp_path / str(beta), "--updates", 2, "--micro_tokens", 10**6, "--kl_beta", beta,
+            steps=1)
+    sizes = [sum(len(s.tokens) for s in g.samples) for g in sampled]
+    args = [a for a, _ in calls]
+    assert [a[6:] for a in args] == 2 * [(6, sum(sizes[:2])), (6, sum(sizes[2:4]))]
+    assert [(len(a[3]), a[4].sum()) for a in args] == [
+        (3, sizes[1]), (3, sizes[3]), (6, sum(sizes[:2])), (6, sum(sizes[2:4]))]
 
 
 def test_one_step_on_a_repaired_group_learns_the_golden_answer(tiny, policy):
@@ -247,15 +230,13 @@ def test_one_step_on_a_repaired_group_learns_the_golden_answer(tiny, policy):
     problem.prompt = tuple(common.encode_questions(tok, [problem.question])[0])
     torch.manual_seed(0)
     samples = common.sample(policy, tok, [problem.prompt], 4, 40, 1.0)
-    group = gcpo.Group(problem, samples, [False] * 4, [0.0] * 4)
     answer, = common.as_samples(tok, [problem.prompt], [problem.solution])
-    group = gcpo.replace_golden(group, answer, 2)
+    group = gcpo.replace_golden(gcpo.Group(problem, samples, [False] * 4, [0.0] * 4), answer, 2)
     A = gcpo.group_advantages(torch.tensor([group.rewards])).flatten()
     ids, mask = common.collate(group.samples, "cpu")
-    cfg = gcpo.Config(**gcpo.METHODS["gcpo"])
     logp = common.response_logps(policy, ids, mask, 1.0)[0]
-    loss, _, _ = gcpo.policy_loss(logp, logp.detach(), None, A, mask, cfg, 4, int(mask.sum()))
-    loss.backward()
+    gcpo.policy_loss(logp, logp.detach(), None, A, mask, gcpo.Config(), 4,
+                     int(mask.sum()))[0].backward()
     with torch.no_grad():
         for p in policy.parameters():
             p -= 1e-4 * p.grad
@@ -263,84 +244,153 @@ def test_one_step_on_a_repaired_group_learns_the_golden_answer(tiny, policy):
     assert change[2] > 0 > change[[0, 1, 3]].mean()
 
 
+# -------------------------------------------------------------------------------- dynamic sampling
+
+
+def test_dynamic_sampling_drops_flat_groups_and_gives_up_in_the_end(tmp_path, scored):
+    for right in (True, False):
+        sampled = scored(lambda i, g, right=right: right)
+        r = run(tmp_path / str(right), "--method", "dapo", steps=1)[1]
+        assert r["sample/rounds"] == gcpo.MAX_BATCHES and r["optim/grad_norm"] == 0
+        assert len(sampled) == 4 * gcpo.MAX_BATCHES and r["reward/accuracy"] == right
+        assert "groups/golden" not in r, "no group was trained on"
+    scored(lambda i, g: i == 0)
+    assert run(tmp_path / "s", "--method", "dapo", steps=1)[1]["sample/rounds"] == 1
+
+
+def test_dynamic_sampling_trains_on_full_batches_and_skips_no_problem(tmp_path, scored,
+                                                                      monkeypatch):
+    train = spy(monkeypatch, gcpo, "set_up")
+    calls = spy(monkeypatch, gcpo, "policy_loss")
+    sampled = scored(lambda i, g: i == 0 or g % 10 == 0)  # one of ten groups has no contrast
+    rows = run(tmp_path / "r", "--method", "dapo", "--micro_tokens", 10**6, "--prompts", 8)
+    problems = islice(common.problem_stream(train[0][1][2], 0, 0), len(sampled))
+    assert [g.problem for g in sampled] == list(problems) and len(sampled) == 2 * (8 + 2)
+    assert [r["sample/rounds"] for r in rows[1:]] == [2, 2], "the second of 8 // 4 prompts"
+    assert [len(a[3]) for a, _ in calls] == [8 * 3, 8 * 3]
+    tokens = sum(len(s.tokens) for g in sampled for s in g.samples)
+    assert rows[2]["sample/tokens"] == tokens, "those of groups that were dropped, too"
+
+
+def test_repaired_groups_pass_the_filter_and_are_counted(tmp_path, scored):
+    scored(lambda i, g: g % 2 == 0 and i == 0)  # half have contrast of their own
+    r = run(tmp_path / "r", "--dynamic_sampling", steps=1)[1]
+    assert r["sample/rounds"] == 1 and r["groups/golden"] == r["groups/all_wrong"] == .5
+    scored(lambda i, g: g % 2 == 0)  # half are all correct and dropped
+    r = run(tmp_path / "s", "--dynamic_sampling", steps=1)[1]
+    assert r["sample/rounds"] > 1 and r["groups/golden"] == 1 and r["groups/all_wrong"] == .5
+
+
 # -------------------------------------------------------------------------------- golden answers
 
 
-def golden(problems, tok, tmp_path, instruction="", **kw):
-    cfg = gcpo.Config(**{"golden": "dataset", "max_new_tokens": 40, "device": "cpu", **kw})
-    found = gcpo.golden_answers(problems, tok, cfg, SimpleNamespace(folder=tmp_path), instruction)
-    assert all(p.answer == a for p in problems for q, a in found if q == p.question)
-    return {q: s for (q, a), s in found.items()}
+def golden(problems, tok, instruction=common.HASHES, **kw):
+    """-> the golden answers by question"""
+    cfg = gcpo.Config(**{"max_new_tokens": 40, "device": "cpu", **kw})
+    answers = gcpo.golden_answers(problems, tok, cfg, instruction)
+    assert all((p.question, p.answer) in answers for p in problems for q, _ in answers
+               if p.question == q)
+    return {q: s for (q, _), s in answers.items()}
 
 
-def test_golden_answers_are_verified_continuations(tiny, tmp_path, capsys):
+def test_golden_answers_are_verified_continuations(tiny, capsys):
     _, tok = tiny
     exact = "1+1=2\n" * 9 + "1 \n" + "#### 2"  # as long as allowed, EOS included
-    texts = ["1+1=2\n#### 2", "1+1=3\n#### 3", "", "1+1=2, so 2", exact, "x" + exact, "#### 2",
-             "1+1=2, so the answer is <2>."]
+    usable = {0: "1+1=2\n#### 2", 3: "1+1=2, so 2", 4: exact, 7: "so the answer is <2>."}
+    wrong = {1: "1+1=3\n#### 3", 8: "1+1=2\n#### 2, no: the answer is 3"}
+    bare = {6: "#### 2", 9: "2", 10: "2\n#### 2", 11: "\\boxed{2}.", 12: "$2$"}
+    texts = usable | wrong | bare | {2: "", 5: "x" + exact}
     length = len(tok(exact).input_ids) + 1
     assert len(tok("x" + exact).input_ids) + 1 == length + 1
-    problems = [common.Problem(f"q{i}", "2", t, prompt=(i, 5)) for i, t in enumerate(texts)]
-    found = golden(problems, tok, tmp_path, max_new_tokens=length)
-    assert list(found) == ["q0", "q3", "q4", "q7"]
-    assert len(found["q4"].tokens) == length
-    assert found["q3"].text == "1+1=2, so 2\n#### 2", "D15: the form that the prompt asks for"
-    assert found["q7"].text == "1+1=2, so the answer is <2>.\n#### 2"
-    assert found["q0"].prompt == problems[0].prompt and found["q0"].tokens[-1] == tok.eos_token_id
-    assert found["q0"].text == texts[0]
-    assert "4 of 8 problems; rejected: 1 fail the verifier, 1 are longer than --max_new_tokens, " \
-        "1 have no reasoning; 1 have no solution" in capsys.readouterr().out
-    boxed = golden(problems[:1], tok, tmp_path, instruction=common.BOXED, max_new_tokens=99)
-    assert boxed["q0"].text == "1+1=2\n#### 2\n\\boxed{2}"
-    assert golden(problems, tok, tmp_path, golden="off") == {}
+    problems = [common.Problem(f"q{i}", "2", texts[i], prompt=(i, 5)) for i in range(13)]
+    answers = golden(problems, tok, max_new_tokens=length)
+    assert "4 of 13 problems; rejected: {'wrong': 2, 'bare': 5, 'too long': 1}" \
+        in capsys.readouterr().out
+    assert list(answers) == [f"q{i}" for i in usable] and len(answers["q4"].tokens) == length
+    assert answers["q3"].text == "1+1=2, so 2\n#### 2", "the form that the prompt asks for"
+    for p in problems:
+        if p.question in answers:
+            s = answers[p.question]
+            assert s.prompt == p.prompt and s.tokens[-1] == tok.eos_token_id and s.finished
+            assert s.text.startswith(p.solution) and tok.decode(s.tokens[:-1]) == s.text
+    assert golden(problems, tok, golden="off") == {}
 
 
-def test_golden_answer_closes_a_thought_that_the_template_opened(tiny, tmp_path):
+@pytest.mark.parametrize("instruction,prompt,solution,text", [
+    (common.HASHES, "", "1+1=2\n#### 2", "1+1=2\n#### 2"),
+    ("", "", "1+1=2", "1+1=2\n#### 2"),
+    (common.HASHES, "", "so \\boxed{2}", "so \\boxed{2}\n#### 2"),
+    (common.BOXED, "", "1+1=2\n#### 2", "1+1=2\n#### 2\n\\boxed{2}"),
+    (common.BOXED, "", "so \\boxed{2}.", "so \\boxed{2}."),
+    (common.HASHES, "", "so \\boxed{3}", "so \\boxed{3}"),        # another answer is left as it is
+    (common.BOXED, "", "the answer is 3", "the answer is 3"),
+    (common.HASHES, "q<think>\n", "1+1=2\n#### 2", "1+1=2\n#### 2\n</think>\n\n#### 2"),
+    (common.BOXED, "q<think>", "1+1=2", "1+1=2\n\\boxed{2}\n</think>\n\n\\boxed{2}"),
+    (common.HASHES, "<think>", "1+1=2</think>\n#### 2", "1+1=2</think>\n#### 2"),
+    (common.HASHES, "no <think> here", "1+1=2\n#### 2", "1+1=2\n#### 2")])
+def test_golden_answers_have_the_form_that_the_prompt_asks_for(instruction, prompt, solution, text):
+    assert gcpo.in_form(common.Problem("q", "2", solution), instruction, prompt) == text
+
+
+def test_a_template_that_opens_a_thought_is_noticed(tiny):
     _, tok = tiny
     prompt = tuple(tok("<|user|>q<|assistant|><think>\n").input_ids)
     p = common.Problem("q", "2", "1+1=2\n#### 2", "", prompt)
-    assert golden([p], tok, tmp_path)["q"].text == "1+1=2\n#### 2\n</think>\n\n#### 2"
+    answers = golden([p, replace(p, question="bare", solution="2")], tok)
+    assert answers["q"].text == "1+1=2\n#### 2\n</think>\n\n#### 2" and len(answers) == 1
 
 
-def test_golden_answers_from_a_model(tmp_path, tiny_folder, monkeypatch):
-    problems = tiny_problems((1, 4), 100)
-    data = write(tmp_path / "a.jsonl", [vars(p) for p in problems])
+def test_golden_answers_from_a_model(tmp_path, tiny_folder, scored, monkeypatch):
+    """Written once, before the first step: an interrupted run is not any other run."""
+    problems = {p.question: p for p in tiny_problems((1, 4), 100)}
+    data = write(tmp_path / "a.jsonl", [vars(replace(p, solution="")) for p in problems.values()])
+    loads = spy(monkeypatch, gcpo, "load_model")
+    scored(lambda i, g: False)
     flags = ["--golden", tiny_folder, "--prompts", 8, "--dataset", data]
-    rows = run(tmp_path / "r", *flags)
-    lines = jsonl(tmp_path / "r" / "golden.jsonl")
-    problems = {p.question: p for p in problems}
-    right = [x for x in lines if x["text"]]
-    assert len(lines) == 16, "one line for every problem that the run can meet"
-    assert {"model", "question", "answer", "text"} == set(lines[0]) and right
-    assert all(gcpo.correct(x["text"], problems[x["question"]]) for x in right)
-    assert rows[-1]["step"] == 2
-    calls = []
-    monkeypatch.setattr(gcpo, "load_model",
-                        lambda *a, **k: calls.append(a[0]) or common.load_model(*a))
-    gcpo.main(["--resume", str(tmp_path / "r")])
-    assert calls == [], "the golden answers were generated again"
-    # killed while they were written: the same command goes on where it was
-    (tmp_path / "s").mkdir()
-    cut = "".join(json.dumps(x) + "\n" for x in lines[:5]) + '{"question": "half a l'
-    (tmp_path / "s" / "golden.jsonl").write_text(cut)
-    assert run(tmp_path / "s", *flags) == rows
-    assert calls == [tiny_folder]
-    assert jsonl(tmp_path / "s" / "golden.jsonl")[5:] == lines
+    rows = run(tmp_path / "whole", *flags)
+    path = tmp_path / "whole" / "golden.jsonl"
+    lines = jsonl(path)
+    assert 0 < len(lines) <= 16, "at most one for every problem that the run can meet"
+    for x in lines:
+        assert {"question", "answer", "solution"} == set(x)
+        assert gcpo.correct(x["solution"], problems[x["question"]])
+    assert 0 < rows[1]["groups/golden"] < 1, "the model solves some of them only"
+    run(tmp_path / "r", *flags, "--save_every", 1, steps=2)
+    written = (tmp_path / "r" / "golden.jsonl").stat()
+    assert (tmp_path / "r" / "golden.jsonl").read_bytes() == path.read_bytes() and len(loads) == 2
+    checkpoints = sorted((tmp_path / "r" / "checkpoint").iterdir())
+    for lost in (checkpoints[1:], checkpoints[:1]):  # after step 1; before the first checkpoint
+        for p in lost:
+            p.unlink()
+        gcpo.main(["--resume", str(tmp_path / "r")])
+        assert files(tmp_path / "r") == files(tmp_path / "whole")
+        (tmp_path / "r" / "checkpoint" / "step_000002.pt").unlink()
+    assert len(loads) == 2 and (tmp_path / "r" / "golden.jsonl").stat() == written
 
 
-def test_a_truncated_answer_of_the_model_is_no_golden_answer(tmp_path, tiny_folder, monkeypatch):
-    problem, = tiny_problems((1,), 1)
-    cfg = gcpo.Config(golden=tiny_folder, device="cpu", max_new_tokens=40, steps=1, prompts=1)
-    for finished in (False, True):
-        monkeypatch.setattr(gcpo, "sample", lambda *a, finished=finished: [
-            common.Sample((1,), [2], problem.solution, finished)] * gcpo.GOLDEN_TRIES)
-        folder = tmp_path / str(finished)
-        folder.mkdir()
-        found = gcpo.written_by_model([problem], cfg, SimpleNamespace(folder=folder), "")
-        assert found[problem.question, problem.answer] == (problem.solution if finished else "")
+def test_only_finished_right_solutions_of_a_model_are_taken(tmp_path, tiny_folder, monkeypatch,
+                                                            refused):
+    problems = [common.Problem("two and two?", "4"), common.Problem("one and three?", "4")]
+    cfg = gcpo.Config(golden=tiny_folder, device="cpu", dtype="float32", max_new_tokens=40, steps=2,
+                      prompts=1)
+    path, usable = tmp_path / "golden.jsonl", True
+
+    def drawn(model, tok, prompts, *a):
+        texts = {p: "2+2=4" if "two and" in tok.decode(p) else "1+3=4" for p in prompts}
+        good = [common.Sample(p, [2], f"{texts[p]}\n#### 4", usable) for p in prompts]
+        return [replace(s, **change) for s in good for change in (
+            {"text": "3\n#### 3"}, {"text": "cut\n#### 4", "finished": False}, {},
+            {"text": "no answer"})]
+
+    monkeypatch.setattr(gcpo, "sample", drawn)
+    gcpo.write_solutions(problems, cfg, "", path)
+    assert {(x["question"], x["answer"], x["solution"]) for x in jsonl(path)} == {
+        ("two and two?", "4", "2+2=4\n#### 4"), ("one and three?", "4", "1+3=4\n#### 4")}
+    usable = False
+    assert "none of 2" in refused(lambda argv: gcpo.write_solutions(problems, cfg, "", path))
 
 
-# ------------------------------------------------------------------------------------ real input
+# ----------------------------------------------------------------- real input, resume, bad input
 
 
 @pytest.mark.parametrize("kw", [{"template": True}, {"pad_is_eos": True}, {"bos": True}])
@@ -354,156 +404,38 @@ def test_gsm8k_file_with_a_random_checkpoint(tmp_path, llama_folder, kw):  # noq
 
 
 def test_lora_run(tmp_path, llama_folder):  # noqa: F811
-    from peft import AutoPeftModelForCausalLM
-
-    data, folder = write(tmp_path / "a.jsonl", GSM), llama_folder()
-    flags = ["--model", folder, "--dataset", data, "--max_new_tokens", 60, "--lora", "--method",
-             "grpo", "--golden", "dataset"]
+    flags = ["--model", llama_folder(), "--dataset", write(tmp_path / "a.jsonl", GSM),
+             "--max_new_tokens", 60, "--lora", "--method", "grpo", "--golden", "dataset"]
     whole = run(tmp_path / "r", *flags, steps=4)
     assert whole[2]["policy/kl"] > 0, "the reference follows the policy"
     run(tmp_path / "s", *flags, steps=2)
     gcpo.main(["--resume", str(tmp_path / "s"), "--steps", "4"])
-    assert jsonl(tmp_path / "s" / "metrics.jsonl") == whole
-    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
-
-
-# ---------------------------------------------------------------------------------- crash, resume
+    saved = [(tmp_path / x / "model" / "adapter_model.safetensors").read_bytes() for x in "rs"]
+    assert jsonl(tmp_path / "s" / "metrics.jsonl") == whole and saved[0] == saved[1]
 
 
 def test_resume_is_exact(tmp_path):
-    flags = ["--method", "dapo", "--updates", 2]  # dynamic sampling: the position in the data moves
-    whole = run(tmp_path / "whole", *flags, steps=5)
-    run(tmp_path / "r", *flags, steps=3)
-    gcpo.main(["--resume", str(tmp_path / "r"), "--steps", "5"])
-    text = [(tmp_path / x / "metrics.jsonl").read_text() for x in ("whole", "r")]
-    # step 3 was the last one once, and so it was evaluated
-    drop = [[{k: v for k, v in json.loads(line).items() if "eval" not in k}
-             for line in t.splitlines()] for t in text]
-    assert drop[0] == drop[1] and len(whole) == 6
-    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "r"))
-
-
-def test_killed_at_a_random_moment_and_resumed(tmp_path, tiny_folder):
-    data = write(tmp_path / "a.jsonl", [
-        {"question": p.question, "answer": p.answer, "solution": p.solution}
-        for p in tiny_problems((1, 2), 300)])
-    flags = ["--model", tiny_folder, "--dataset", data, "--save_every", 2, "--eval_every", 9]
-    run(tmp_path / "whole", *flags, steps=20)
-    argv = [*SMALL, *map(str, flags), "--steps", "20", "--out", str(tmp_path / "r")]
-    process = subprocess.Popen([sys.executable, ROOT / "gcpo.py", *argv], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    log, at = tmp_path / "r" / "metrics.jsonl", random.randint(1, 16)
-    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) <= at):
-        time.sleep(.01)
-    time.sleep(random.random() * .1)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
-    process.stderr.close()
-    gcpo.main(["--resume", str(tmp_path / "r")])
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert (tmp_path / "r" / name).read_text() == (tmp_path / "whole" / name).read_text(), at
-    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "r"))
-
-
-def test_killed_between_the_two_renames_of_a_checkpoint(tmp_path):
-    run(tmp_path / "r", steps=2)
-    (tmp_path / "r" / "checkpoint").rename(tmp_path / "r" / "checkpoint.old")
-    gcpo.main(["--resume", str(tmp_path / "r"), "--steps", "3"])
-    rows = jsonl(tmp_path / "r" / "metrics.jsonl")
-    assert [r["step"] for r in rows] == [0, 1, 2, 3]
-
-
-def test_killed_before_the_first_checkpoint(tmp_path):
-    whole = run(tmp_path / "whole", steps=2)
-    run(tmp_path / "r", steps=2)
-    common.shutil.rmtree(tmp_path / "r" / "checkpoint")
-    gcpo.main(["--resume", str(tmp_path / "r")])
-    assert jsonl(tmp_path / "r" / "metrics.jsonl") == whole
-
-
-def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
-    run(tmp_path / "r")
-    kept = {f: (tmp_path / "r" / f).read_text() for f in ("metrics.jsonl", "samples.jsonl")}
-    before = json.loads((tmp_path / "r" / "summary.json").read_text())
-    gcpo.main(["--resume", str(tmp_path / "r") + "/"])
-    assert {f: (tmp_path / "r" / f).read_text() for f in kept} == kept
-    after = json.loads((tmp_path / "r" / "summary.json").read_text())
-    assert before.pop("seconds") > 0 < after.pop("seconds") and before == after
-
-
-def test_sampled_tokens_ends_the_run(tmp_path):
-    rows = run(tmp_path / "r", "--sampled_tokens", 500, steps=50)
-    assert rows[-2]["sample/tokens"] < 500 <= rows[-1]["sample/tokens"]
-    assert "eval/accuracy" in rows[-1] and len(rows) < 20
-
-
-def test_a_non_finite_loss_keeps_the_last_checkpoint(tmp_path, monkeypatch, refused):
-    real, calls = gcpo.policy_loss, []
-
-    def breaks(*a, **k):
-        loss, cut, kl = real(*a, **k)
-        calls.append(0)
-        return loss * float("nan") if len(calls) > 4 else loss, cut, kl
-
-    monkeypatch.setattr(gcpo, "policy_loss", breaks)
-    error = refused(gcpo.main, *SMALL, "--micro_tokens", 10**6, "--steps", 9, "--out",
-                    tmp_path / "r")
-    assert "step 5" in error and "nan" in error
-    state = torch.load(tmp_path / "r" / "checkpoint" / "state.pt", weights_only=True)
-    assert state["state"]["step"] == 4
-    saved = common.load_file(tmp_path / "r" / "checkpoint" / "weights.safetensors")
-    assert all(w.isfinite().all() for w in saved.values())
-
-
-# -------------------------------------------------------------------------------------- bad input
+    """With dynamic sampling, which takes more problems in one step than in another."""
+    flags = ["--method", "dapo", "--updates", 2, "--temperature", 1.4]
+    rows = run(tmp_path / "whole", *flags, steps=4)
+    assert len({r["sample/rounds"] for r in rows[1:]}) > 1
+    run(tmp_path / "r", *flags, steps=2)
+    gcpo.main(["--resume", str(tmp_path / "r"), "--steps", "4"])
+    assert files(tmp_path / "r") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("argv,says", [
-    (["--steps", "many"], "--steps"), (["--group", 1], "at least 2"), (["--prompts", 0], "prompts"),
-    (["--method", "ppo"], "ppo"), (["--nope"], "--nope"), (["--model", "nope"], "no such folder"),
-    (["--dataset", "nope"], "built-in name"), (["--dataset", "nope.jsonl"], "no such file"),
-    (["--temperature", 0], "--temperature"), (["--lr", "nan"], "--lr"), (["--lr", -1], "--lr"),
-    (["--updates", 99], "--updates"), (["--device", "tpu"], "--device tpu"),
-    (["--aggregation", "token"], "--ratio token"), (["--device", "cuda:9"], "CUDA"),
-    (["--overlong_cache", 999], "--overlong_cache"), (["--clip_low", 2], "--clip_low"),
-    (["--max_new_tokens", 256], "every prompt"), (["--resume", "/nowhere"], "config.json"),
-    (["--golden", "nope"], "no such folder"), (["--out", "/proc/x"], "cannot be written"),
-    (["--method", "dapo", "--seed", -1], "--seed")])
+    (["--group", 1], "at least 2"), (["--prompts", 0], "prompts"), (["--method", "ppo"], "ppo"),
+    (["--nope"], "--nope"), (["--dataset", "nope.jsonl"], "nope.jsonl"), (["--lr", "nan"], "--lr"),
+    (["--model", "nope", "--dataset", "tiny"], "--model nope"),
+    (["--temperature", 0], "--temperature"),
+    (["--updates", 99], "--updates"), (["--updates", 0], "--updates"),
+    (["--aggregation", "token"], "--ratio token"), (["--overlong_cache", 2], "--overlong_cache"),
+    (["--clip_low", 2], "--clip_low"), (["--clip_high", 0], "--clip_high"),
+    (["--kl_beta", -1], "--kl_beta"), (["--golden", "nope"], "--golden nope"),
+    (["--max_new_tokens", 256], "300 of 300"), (["--resume", "/nowhere"], "config.json")])
 def test_bad_flags(tmp_path, refused, argv, says):
     assert says in refused(gcpo.main, "--steps", 1, "--out", tmp_path / "r", *argv)
-
-
-@pytest.mark.parametrize("text,says", [
-    ("", "empty"), ("\n \n", "empty"),
-    ('{"prompt": [{"role": "user"}], "answer": "1"}\n', "row 1"),
-    ('{"question": "q", "answer": "1"}\n{"question": \n', "line 2"),
-    ('{"text": "q"}\n', "question column"), ('{"question": "q", "label": "1"}\n', "answer column"),
-    ('{"question": "", "answer": ""}\n', "no row has both")])
-def test_bad_data(tmp_path, refused, text, says):
-    (tmp_path / "a.jsonl").write_text(text)
-    error = refused(gcpo.main, "--dataset", tmp_path / "a.jsonl", "--out", tmp_path / "r")
-    assert says in error and "a.jsonl" in error
-
-
-def test_bad_data_prints_one_line(tmp_path):
-    """In a process of its own: other libraries log past pytest's capture."""
-    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "1"}\nnonsense\n')
-    done = subprocess.run([sys.executable, "gcpo.py", "--dataset", tmp_path / "a.jsonl", "--out",
-                           tmp_path / "r"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "line 2" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_bad_json_array(tmp_path, refused):
-    (tmp_path / "a.json").write_text('[{"question": "q",\n "answer": }]')
-    assert "line 2" in refused(gcpo.main, "--dataset", tmp_path / "a.json", "--out", tmp_path / "r")
-
-
-def test_bad_model_folders(tmp_path, refused):
-    (tmp_path / "empty").mkdir()
-    assert "no config.json" in refused(gcpo.main, "--model", tmp_path / "empty", "--dataset",
-                                       "tiny", "--out", tmp_path / "r")
-    (tmp_path / "empty" / "config.json").write_text('{"model_type": "qwen2"}')
-    refused(gcpo.main, "--model", tmp_path / "empty", "--dataset", "tiny", "--out", tmp_path / "s")
 
 
 def test_data_without_golden_answers(tmp_path, refused):
@@ -515,19 +447,9 @@ def test_data_without_golden_answers(tmp_path, refused):
     run(tmp_path / "r", "--dataset", data, "--golden", "off", "--max_new_tokens", 9)
 
 
-def test_long_prompts_are_counted_and_skipped(tmp_path, capsys):
-    rows = [*GSM, {"question": "x " * 300, "answer": "#### 1"}]
-    run(tmp_path / "r", "--dataset", write(tmp_path / "a.jsonl", rows), "--eval_dataset", "tiny",
-        "--golden", "off", "--steps", 1, steps=1)
-    assert "1 of 13 prompts skipped" in capsys.readouterr().out
-
-
-def test_run_folders_are_not_mixed_up(tmp_path, refused):
-    run(tmp_path / "r", steps=1)
-    assert "--resume" in refused(gcpo.main, *SMALL, "--steps", 1, "--out", tmp_path / "r")
-    assert "--lr" in refused(gcpo.main, "--resume", tmp_path / "r", "--lr", "0.5")
-    assert "--method" in refused(gcpo.main, "--resume", tmp_path / "r", "--method", "gspo")
-    gcpo.main(["--resume", str(tmp_path / "r"), "--device", "auto", "--out", f"{tmp_path}/r/"])
-    config = json.loads((tmp_path / "r" / "config.json").read_text())
-    (tmp_path / "r" / "config.json").write_text(json.dumps({**config, "script": "laser"}))
-    assert "laser.py" in refused(gcpo.main, "--resume", tmp_path / "r")
+def test_bad_data_prints_one_line(tmp_path):
+    """In a process of its own: other libraries log past pytest's capture."""
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "1"}\nnonsense\n')
+    done = subprocess.run([sys.executable, "gcpo.py", "--dataset", tmp_path / "a.jsonl", "--out",
+                           tmp_path / "r"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and " 2" in done.stderr and done.stderr.count("\n") == 1

@@ -1,24 +1,23 @@
-"""Hostile or broken data and texts: one clear line or a good result, in time, never executed."""
+"""Hostile or broken data, flags and texts: one clear line or a good result, in time, never
+executed."""
 
 import contextlib
 import inspect
 import io
 import json
 import math
-import os
+import pickle
 import re
+import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
 import make
-import pyarrow
-import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_common import word_tokenizer
 
@@ -31,8 +30,6 @@ import temporal_sr
 from common import Problem, extract_answer, same_answer
 from light_if import KINDS, follow
 from temporal_sr import parse_score
-
-SECONDS = 2.0  # for texts of 60 kB, which take a linear algorithm some hundredths of it
 
 
 def examples(number):
@@ -60,7 +57,51 @@ def spliced(*pieces):
         "".join)
 
 
-# ----------------------------------------------------------------------------------------- data
+class Late(BaseException):
+    """No library catches it."""
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """Fails what takes more CPU time, and ends it when it takes twice as much."""
+    def late(*_):
+        raise Late
+    before, began = signal.signal(signal.SIGVTALRM, late), time.process_time()
+    signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+    assert time.process_time() - began < seconds
+
+
+# -------------------------------------------------------------------------------- flags and data
+
+
+@pytest.mark.parametrize("script", [gcpo, laser, carft, temporal_sr, light_if])
+@pytest.mark.parametrize("flags", [
+    "--nope 1", "--step 5", "--steps x", "--steps -1", "--seed", "--method ppo", "--lr nan",
+    "--lr 0", "--lr -1", "--lr inf", "--temperature 0", "--micro_tokens 0", "--group 0",
+    "--device nowhere", "--dtype float16", "--resume nowhere", "--lora maybe"])
+def test_flags_that_are_refused(script, flags):
+    name, *value = flags.split()
+    line = outcome(script.parse, [name, *value])[1]
+    assert name in line
+
+
+def test_a_run_goes_on_with_its_own_flags(tmp_path):
+    config = {"script": "gcpo", "config": vars(gcpo.parse(["--lr", "1e-3"]))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    resume = ["--resume", str(tmp_path)]
+    assert gcpo.parse([*resume, "--steps", "7", "--lr", "1e-3"]).steps == 7
+    assert gcpo.parse(resume).lr == 1e-3 and gcpo.parse(resume).out == str(tmp_path)
+    assert "--lr" in outcome(gcpo.parse, [*resume, "--lr", "2e-3"])[1]
+    assert "gcpo.py" in outcome(laser.parse, resume)[1]
+    for text in ("", "[]", "{}", '{"script": "gcpo"}', '{"script": "gcpo", "config": {"lr": []}}'):
+        (tmp_path / "config.json").write_text(text)
+        assert outcome(gcpo.parse, resume)[1]
+
 
 WHAT = "--dataset data"
 TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates and NUL are among them
@@ -70,257 +111,123 @@ CELLS = st.one_of(
 VALUES = st.recursive(CELLS, lambda x: st.lists(x, max_size=3)
                       | st.dictionaries(TEXTS, x, max_size=3), max_leaves=6)
 NAMES = st.sampled_from(["question", "Question", "answer", "solution", "level", "prompt", "body",
-                         "response", "judgement", "instruction", "context", "kwargs",
-                         "instruction_id_list"])
+                         "response", "judgement", "context", "kwargs", "instruction_id_list"])
 ROWS = st.lists(st.dictionaries(NAMES | TEXTS, VALUES, max_size=5), min_size=1, max_size=4)
 USUAL = st.lists(st.fixed_dictionaries({"question": CELLS, "answer": CELLS, "level": CELLS}),
                  min_size=1, max_size=4)
+FILES = spliced("{", "}", '{"question": "a", "answer": "1"}', "\n", "[", "]", "null", '"', "5",
+                "\0", "\ufeff", "NaN", ",", "1e400", '"\\ud800"', "9" * 5000, "[" * 5000)
 
 
-def check_problems(rows):
-    problems, line = outcome(common.to_problems, rows, WHAT)
-    if line:
-        assert WHAT in line
-    for p in problems or []:
-        assert p.question and p.answer and p.answer not in ("inf", "-inf")
-        assert all(isinstance(x, str) for x in (p.question, p.answer, p.solution, p.level))
-        assert len(p.level) <= 40 and p.level.isprintable()
-
-
-@pytest.mark.parametrize("rows", [ROWS, USUAL])
-def test_rows_of_anything(rows, tmp_path):
+@pytest.mark.parametrize("files", [
+    ROWS.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()), USUAL.map(json.dumps).map(
+        str.encode), FILES.map(lambda x: x.encode(errors="surrogatepass")), st.binary(max_size=60)])
+def test_files_of_anything(files, tmp_path):
     @examples(150)
-    @given(rows)
-    def check(rows):
-        path = tmp_path / "a.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows)))
-        read, line = outcome(common.read_rows, str(path), "train", "--dataset")
-        if line:
-            assert str(path) in line
-            return
-        check_problems(read)
-        for f in (lambda: temporal_sr.columns(read, WHAT, ("prompt", "response")),
-                  lambda: light_if.to_tasks(read, WHAT)):
-            assert WHAT in (outcome(f)[1] or WHAT)
-    check()
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_files_of_anything(name, tmp_path):
-    @examples(150)
-    @given(spliced("{", "}", '{"question": "a", "answer": "1"}', "\n", "[", "]", "null", '"', "5",
-                   "\0", "\ufeff", "NaN", ",", "1e400", '"\\ud800"', "9" * 5000, "[" * 5000)
-           .map(lambda x: x.encode(errors="surrogatepass")) | st.binary(max_size=60))
+    @given(files)
     def check(data):
-        path = tmp_path / name
+        path = tmp_path / "a.jsonl"
         path.write_bytes(data)
-        rows, line = outcome(common.read_rows, str(path), "train", "--dataset")
-        if line:
-            assert str(path) in line
-        else:
-            check_problems(rows)
+        rows, line = outcome(common.read_json, path, WHAT)
+        for f in (common.to_problems, light_if.to_tasks, lambda rows, what: temporal_sr.columns(
+                rows, what, ("prompt", "response"))) if rows else ():
+            found, line = outcome(f, rows, WHAT)
+            if f == common.to_problems and found:
+                assert all(p.question and p.answer and isinstance(x, str) for p in found
+                           for x in (p.question, p.answer, p.solution, p.level))
+        assert not line or line.startswith(f"error: {WHAT}: ")
     check()
 
 
 @pytest.mark.parametrize("data, says", [
-    ("null", "row 1 is not an object"), ("5", "row 1 is not an object"),
-    ("[1, 2]", "row 1 is not an object"), ("[]", "no rows"), ("{}\n{}", "no rows"),
-    ("[" * 10**5, "not valid JSON"), ('{"a": "\\ud800"}', "not valid JSON"), (" \n", "no rows"),
-    ('{"question": ' + "9" * 5000 + "}", "line 1 is not valid JSON"), ("", "empty"),
-    ('{"a": 1}\n{"a"', "line 2 is not valid JSON"), ('[{"a": 1},\n{"a"]', "line 2 is not valid"),
-    (b"\xff\xfea\0", "not UTF-8"), ('{"a": "b\0"}', "line 1 is not valid JSON"),
-    (json.dumps({f"c{i}": 1 for i in range(3000)}), "no question column"),
-    ('{"question": "q", "answer": 1e20}', "row 1 has something else"),
-    ('{"question": "q", "answer": NaN}', "no row has both"),
-    ('{"question": "q", "answer": 1e400}', "no row has both"),
-    ('{"question": ["q"], "answer": 1}', "row 1 has something else"),
-    ('{"question": "q", "body": [1], "answer": 1}', "no row has both"),
-    ('{"question": null, "body": "a", "answer": 1}', "no row has both"),
-    ('{"question": "q", "body": null, "answer": 1}', "no row has both")])
-def test_refused_files(data, says, tmp_path):
+    ("null", " 1 "), ("5", " 1 "), ("[1, 2]", " 1 "), ("[]", "no rows"), (" \n", "no rows"),
+    ("", "no rows"), ("[" * 10**5, " 1 "), (b"\xff\xfea\0", "utf-8"),
+    ('{"question": ' + "9" * 5000 + "}", " 1 "), ('{"a": 1}\n{"a"', " 2 "),
+    ('{"a": 1}\n\n{"a": 2}\n5\n{"a": 3}', " 4 "), ('[{"a": 1}, 5, {"a": 2}]', ""),
+    ("{}", "no question column"), ('{"question": "q"}', "no row has both"),
+    ('{"question": "q", "answer": null}', "no row has both"),
+    ('{"question": "q", "answer": 1}\n{"question": ["q"], "answer": 1}', "row 2 "),
+    ('{"question": "q", "body": [1], "answer": 1}', "row 1 ")])
+def test_files_that_are_refused(data, says, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    _, line = outcome(lambda: common.to_problems(
-        common.read_rows(str(path), "train", "--dataset"), f"--dataset {path}"))
+    line = outcome(lambda: common.to_problems(common.read_rows(
+        common.Config, str(path), "train", "--dataset"), f"--dataset {path}"))[1]
     assert says in line and str(path) in line
 
 
-def test_numbers_and_columns_are_taken_as_they_are(tmp_path):
-    path = tmp_path / "a.jsonl"
-    rows = [{"question": "a", "answer": 10**30}, {"question": "b", "answer": 1e-05},
-            {"Question": "c", "answer": 2.50}, {"question": "d\0", "answer": "2020-01-01"}, {},
-            {"question": "e\u2028", "answer": 18.0}]
-    path.write_text("\ufeff" + "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows))
-    read = common.read_rows(str(path), "train", "--dataset")
-    found, _ = outcome(common.to_problems, [
-        {"question": r["question"] or r["Question"], "answer": r["answer"]} for r in read], WHAT)
-    assert [(p.question, p.answer) for p in found] == [
-        ("a", "1" + "0" * 30), ("b", "0.00001"), ("c", "2.5"), ("d\0", "2020-01-01"),
-        ("e", "18.0")]
+GIVEN = {"keywords": ["river"], "keyword": "river", "frequency": 2, "relation": "at least",
+         "forbidden_words": ["river"], "letter": "a", "let_frequency": 2, "language": "de",
+         "let_relation": "at least", "num_sentences": 3, "num_paragraphs": 3, "num_words": 3,
+         "nth_paragraph": 2, "first_word": "a", "num_placeholders": 2, "postscript_marker": "P.S.",
+         "num_bullets": 2, "num_highlights": 2, "section_spliter": "Section", "num_sections": 2,
+         "prompt_to_repeat": "a", "end_phrase": "b", "capital_frequency": 2,
+         "capital_relation": "at least"}
+CONSTRAINTS = {kind: {k: GIVEN[k] for k in inspect.signature(x.check).parameters if k in GIVEN}
+               for kind, x in KINDS.items()}
+ODD = VALUES | st.sampled_from([" ", [" "], [], ["a", " "], True, -1, 10**30, "at least", "("])
 
 
-def test_parquet_files(tmp_path):
-    path, column = tmp_path / "a.parquet", pyarrow.array
-    for columns, want in [
-            ({"question": ["a", "b"], "answer": [1.0, math.nan]}, [("a", "1.0")]),
-            ({"question": ["a", None], "answer": ["1", "2"]}, [("a", "1")]),
-            ({"question": column([b"\xff"]), "answer": ["1"]}, "row 1 has something else"),
-            ({"question": ["a"], "answer": column([0], pyarrow.timestamp("s"))}, "row 1 has"),
-            ({"question": column([], pyarrow.string())}, str(path))]:
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
-        problems, line = outcome(lambda: common.to_problems(
-            common.read_rows(str(path), "train", "--dataset"), WHAT))
-        assert want in line if line else [(p.question, p.answer) for p in problems] == want
-    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"] * 99, "answer": ["1"] * 99}), path)
-    whole = path.read_bytes()
-
-    @examples(12)
-    @given(st.integers(0, len(whole)), st.binary(max_size=8))
-    def check(cut, tail):
-        path.write_bytes(whole[:cut] + tail)
-        rows, line = outcome(common.read_rows, str(path), "train", "--dataset")
-        assert str(path) in line if line else len(rows) == 99
-    check()
+@examples(200)
+@given(st.sampled_from([*KINDS]), st.sampled_from([*GIVEN]), ODD, st.booleans(),
+       st.just("Write.") | VALUES)
+def test_constraints_of_any_layout(kind, name, value, complete, prompt):
+    kwargs = (CONSTRAINTS[kind] if complete else {}) | {name: value}
+    rows = [{"prompt": prompt, "instruction_id_list": [kind], "kwargs": [kwargs]}]
+    tasks, line = outcome(light_if.to_tasks, rows, WHAT)
+    assert f"{WHAT}: row 1 " in line if line else tasks[0].question == prompt
+    if tasks:
+        follow("Some text.\n\n[a] b", tasks[0].constraints, loose=True)
 
 
-def test_many_levels_are_no_levels():
-    def levels(values):
-        rows = [{"question": "q", "answer": "1", "level": x} for x in values]
-        return [p.level for p in common.to_problems(rows, WHAT)]
-
-    assert levels(["$1_", 2, None, math.nan, 2.5]) == ["$1_", "2", "", "", "2.5"]
-    assert levels(range(20)) == [str(x) for x in range(20)]
-    for bad in (range(21), ["x" * 41, "1"], ["a\nb"], ["\0"], ["\u202e"]):
-        assert set(levels(bad)) == {""}
+# --------------------------------------------------------------------- texts that a model may write
 
 
-def test_curves_of_any_level(tmp_path):
-    run = object.__new__(common.Run)
-    run.folder, run.script, run.curves = tmp_path, "gcpo", {"a": ["eval/*"]}
-    run.cfg = SimpleNamespace(model="m$_{", method="$\\frac$", seed=0)
-    names = ("eval/accuracy/level$\\frac{$", "eval/accuracy/level_$x$", "eval/accuracy/level^{}$$")
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **dict.fromkeys(names, .5)}))
-    run.draw_curves()
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
-def test_megabytes_are_read_in_time(tmp_path):
-    path, big = tmp_path / "a.jsonl", 10**7
-    for text in ("answer: " * (big // 8), "\\boxed{" * (big // 7), "x" * big, "<<" * (big // 2)):
-        path.write_text(json.dumps({"question": text, "solution": text + "\n#### 7"}))
-        began = time.process_time()
-        problem, = common.to_problems(common.read_rows(str(path), "train", "--dataset"), WHAT)
-        assert problem.answer == "7" and time.process_time() - began < 15
-
-
-@pytest.mark.parametrize("script, data, says", [
-    (light_if, "nowhere", "tiny, dolly"), (temporal_sr, "nowhere", "tiny, ultrafeedback")])
-def test_the_names_that_a_script_knows(script, data, says, monkeypatch):
-    monkeypatch.setattr(light_if, "to_tasks", lambda *a: [light_if.Task("q", "", level="2")])
-    real = common.read_rows
-    monkeypatch.setattr(light_if, "read_rows", lambda name, split, *a: (
-        [] if split == "test" else real(name, split, *a)))
-    cfg = SimpleNamespace(dataset=data, eval_dataset="", eft_dataset="", sft_steps=1, method="tsr",
-                          eval_size=0)
-    assert f"not a built-in name ({says})" in outcome(script.load_data, cfg)[1]
-
-
-def test_a_changed_hub_layout_is_told(monkeypatch):
-    cfg = SimpleNamespace(dataset="ultrafeedback")
-    for rows in ([{"a": 1}], [{"completions": [{"overall_score": None}]}], [{"completions": [1]}]):
-        monkeypatch.setattr(temporal_sr, "read_rows", lambda *a, rows=rows: rows)
-        assert "UltraFeedback" in outcome(temporal_sr.load_data, cfg)[1]
-
-
-@pytest.mark.parametrize("line", ["5", "{}", "{", '"a"', "null", "\0", "[" * 10**5, "\xff",
-                                  '{"model": 1, "question": "q", "answer": "a", "text": "t"}',
-                                  '{"model": "m", "question": "q", "answer": "a", "text": null}'])
-def test_a_bad_line_of_golden_answers(line, tmp_path):
-    good = json.dumps({"model": "m", "question": "q", "answer": "1", "text": "#### 1"})
-    (tmp_path / "golden.jsonl").write_bytes(f"{good}\n{line}\n".encode("latin1"))
-    cfg = SimpleNamespace(golden="m", dynamic_sampling=False, steps=1, prompts=1, seed=0)
-    run, problems = SimpleNamespace(folder=tmp_path), [Problem("q", "1")]
-    told = outcome(gcpo.written_by_model, problems, cfg, run, "")[1]
-    assert f"{tmp_path / 'golden.jsonl'}: line 2 " in told
-    (tmp_path / "golden.jsonl").write_bytes(f"{good}\n{line}".encode("latin1"))  # cut off
-    assert gcpo.written_by_model(problems, cfg, run, "") == {("q", "1"): "#### 1"}
-
-
-# ------------------------------------------------------------------------------ special tokens
-
-
-TOKENIZERS = {"tiny": make.tokenizer(["Ada has 12 figs"], 320), "word": word_tokenizer(),
-              "BOS": word_tokenizer(bos=True), "chat": word_tokenizer(template=True)}
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_no_text_becomes_a_control_token(name):
-    tok, model = TOKENIZERS[name], SimpleNamespace(config=SimpleNamespace())
-    special, tokens = set(tok.all_special_ids), common.special_tokens(tok)
+@pytest.mark.parametrize("tok", [make.tokenizer(["Ada has 12 figs"], 320), word_tokenizer(),
+                                 word_tokenizer(bos=True), word_tokenizer(template=True)])
+def test_no_text_becomes_a_control_token(tok):
+    tokens = {*tok.all_special_tokens}
     parts = [part for t in tokens for k in (1, 2, 3) for part in (t[:k], t[k:])]
 
     def control(ids):
-        return [i for i in ids if i in special]
+        return [i for i in ids if i in tok.all_special_ids]
 
     @examples(60)
-    @given(spliced(*tokens, *parts, " ", "\ud800", "\0"))
+    @given(spliced(*sorted(tokens), *parts, " ", "\ud800", "\0"))
     def check(text):
-        for system in ("", "Be brief."):
-            turn, harmless = common.encode_questions(tok, [text, "x"], system)
-            assert control(turn) == control(harmless)
+        turn, harmless = common.encode_questions(tok, [text, "x"])
+        assert control(turn) == control(harmless)
         sample, = common.as_samples(tok, [[1]], [text])
         assert control(sample.tokens) == [tok.eos_token_id]
         assert not any(t in sample.text for t in tokens)
-        prompts = temporal_sr.judge_prompts(model, tok, [(text, text), ("x", "x")])
+        prompts = temporal_sr.judge_prompts(
+            SimpleNamespace(config=SimpleNamespace()), tok, [(text, text), ("x", "x")])
         assert control(prompts[0]) == control(prompts[1])
     check()
 
 
-def test_a_special_token_that_begins_with_a_space():
-    tok = type("Tok", (), dict(added_tokens_decoder={}, all_special_tokens=[" <end>", "<a"]))()
-    assert common.defuse(tok, "x <end> <a") == "x < end> < a"
-
-
-# ------------------------------------------------------------------------------ answer checking
-
-
-def slow_extract_answer(text):
-    """The definition, a mark at a time."""
-    found = [(m.start(), m[1]) for m in re.finditer(r"####[ \t]*([^\n]+)", text)]
-    for m in re.finditer(r"\\boxed\s*\{", text):
-        depth, end = 1, m.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if depth == 0:
-            found.append((m.start(), text[m.end():end - 1]))
-    for m in re.finditer(r"(?:\banswer is:?|\banswer:)\s*(?!\\boxed|####)(?=([^\n]+))", text, re.I):
-        found.append((m.start(), re.split(r"\.(?:\s|$)", m[1])[0]))
-    answer = max(found)[1].strip().strip("<>*").strip() if found else ""
-    return answer or None
-
-
-@examples(400)
-@given(spliced("#### ", "\\boxed{", "\\boxed {", "{", "}", "5", "the answer is ", "Answer: ", "\n",
-               ". ", ".", " ", "<", "*"))
-@example("\\boxed{a \\boxed{5} b}")
-def test_the_last_mark_decides(text):
-    assert extract_answer(text) == slow_extract_answer(text)
+@pytest.mark.parametrize("token, text", [
+    (" <end>", "x <end>"), ("<a", "<a<a>"), ("__s__", "__s__s__s__"), ("||", "|||||")])
+def test_special_tokens_of_any_shape_are_defused(token, text):
+    tok = SimpleNamespace(added_tokens_decoder={}, all_special_tokens=[token])
+    assert token.strip() not in common.defuse(tok, text)
+    assert common.defuse(tok, text).replace(" ", "") == text.replace(" ", "")
+    assert common.defuse(tok, "1 < 2, <b> |end|") == "1 < 2, <b> |end|"
 
 
 @pytest.mark.parametrize("piece", ["answer: ", "answer is", "\\boxed{", "\\boxed", "#### ", "{",
                                    "}", "\\boxed ", " ", "\n", "answer:\n", "a. ", "$", "\\(", "9",
                                    "1,", "(", " 1", "<", "x = "])
 def test_answers_are_read_in_time(piece):
-    text, began = piece * (10**6 // len(piece)), time.process_time()
-    for x in (text, f"answer: {text}\n", f"{text}x", f"\\boxed{{{text}}}"):
-        answer = extract_answer(x)
-        for y in (answer, x, f"${text}$", f"${text}x"):
-            same_answer(y, "5")
-            same_answer("5", y)
-            same_answer(y, f"{y}5")
-    common.as_number(piece * (100 // len(piece)))
-    assert time.process_time() - began < SECONDS + 2
+    text = piece * (10**5 // len(piece))
+    with within(2):
+        for x in (text, f"answer: {text}\n", f"{text}x", f"\\boxed{{{text}}}"):
+            answer = extract_answer(x)
+            for y in (answer, x, f"${text}$", f"${text}x"):
+                same_answer(y, "5")
+                same_answer("5", y)
+                same_answer(y, f"{y}5")
+        common.as_number(piece * (100 // len(piece)))
 
 
 def formats(n):
@@ -330,10 +237,11 @@ def formats(n):
     return [plain, f"{sign}{value:,}", f"${plain}$", f"\\({plain}\\)", f"{plain}.0", f"{plain}.00",
             f"{sign}${value}", f"{plain}%", f"{plain}\\%", f"{plain} apples", f"{plain} m",
             f"x = {plain}", f"{plain}.", plain.replace("-", "\u2212"), f"{2 * n}/2", f"{plain}/1",
-            f"\\frac{{{2 * n}}}{{2}}", f"\\dfrac{{{n}}}{{1}}", f"{{{plain}}}", f" {plain} "]
+            f"\\frac{{{2 * n}}}{{2}}", f"\\dfrac{{{n}}}{{1}}", f"{{{plain}}}", f" {plain} ",
+            f"{sign}{value:,}".replace(",", "{,}"), f"{sign}{value:,}".replace(",", ",\\!")]
 
 
-MARKS = ("#### {}", "so \\boxed{{{}}}", "The answer is {}", "Answer: {}\n", "\\boxed{{9}} #### {}")
+MARKS = ("#### {}", "so \\boxed{{{}}}", "The answer is {}", "Answer: {}\n", "\\boxed{{9}}\n#### {}")
 
 
 @examples(300)
@@ -343,9 +251,8 @@ def test_numbers_in_any_format(a, difference, data):
         given = data.draw(st.sampled_from(formats(a)))
         truth = data.draw(st.sampled_from([str(b), f"{b:,}", f"{b}.0", f"{3 * b}/3"]))
         text = data.draw(st.sampled_from(MARKS)).format(given)
-        problem = Problem("q", truth)
-        for correct in (gcpo.correct, laser.correct, carft.correct):
-            assert correct(text, problem) is equal, (text, truth)
+        for correct in (gcpo.correct, laser.correct):
+            assert correct(text, Problem("q", truth)) is equal, (text, truth)
 
 
 @pytest.mark.parametrize("given", [
@@ -357,8 +264,7 @@ def test_numbers_in_any_format(a, difference, data):
     "((5", "\\foo{5} or 5", "answer: {6} 5", "\\boxed{6} 5", "x \\ne 5", "x < {5}", "5 \\le {x}",
     "\\pm 5", "\\sqrt{5}", "5^{2}", "5_{6}5", "{5}{6}", "", " ", "{}", "\\", "$", "$$", "()"])
 def test_more_than_the_answer_is_not_the_answer(given):
-    for correct in (gcpo.correct, laser.correct, carft.correct):
-        assert not correct(f"\\boxed{{{given}}}", Problem("q", "5"))
+    assert not gcpo.correct(f"\\boxed{{{given}}}", Problem("q", "5"))
 
 
 def test_the_base_of_a_number_counts():
@@ -374,100 +280,41 @@ def test_no_other_text_equals_a_number(text):
     assert not same_answer(text, "7777") and not same_answer(f"{text} (", "\\sqrt{7777}")
 
 
-BOMBS = ("9^{9^{9^9}}", "10^{10}!")
-
-
-def test_bombs_are_cut_off(monkeypatch):
-    monkeypatch.setattr(common, "CHECK_SECONDS", 1)
-    common.answer_checker.cache_clear()
-    began = time.process_time()
-    for bomb in BOMBS:
-        before = sum(os.times()[2:4])
-        assert not same_answer(bomb, "7")
-        assert sum(os.times()[2:4]) - before < 20  # of the process that checked, with its start
-        assert common.same_latex("\\frac{3}{2}", "1.5")
-    assert time.process_time() - began < 3  # this process only waits
-    common.answer_checker.cache_clear()
-
-
-def test_the_checking_process(monkeypatch):
-    def right(n):
-        return common.same_latex(f"\\frac{{{n}}}{{2}}", f"\\frac{{{2 * n}}}{{4}}")
-
-    assert right(1)
-    checker = common.answer_checker(os.getpid())
-    assert right(2) and common.answer_checker(os.getpid()) is checker  # it is kept
-    assert os.getsid(checker.pid) != os.getsid(0)  # Ctrl-C does not reach it
-    if sys.platform == "linux":
-        import resource
-        assert resource.prlimit(checker.pid, resource.RLIMIT_AS)[0] == common.CHECK_MEMORY
-    checker.kill()  # by someone else
-    assert right(3)
-    again = common.answer_checker(os.getpid())
-    assert again is not checker
-    os.kill(again.pid, signal.SIGSTOP)
-    threading.Timer(2, os.kill, (again.pid, signal.SIGCONT)).start()
-    assert right(5)  # a machine that is slow makes nothing wrong
-    found = []
-    thread = threading.Thread(target=lambda: found.append(right(4)))
-    thread.start()
-    thread.join()
-    assert found == [True]
-
-    class Interrupted:
-        stdin = again.stdin
-        stdout = SimpleNamespace(readline=lambda: (_ for _ in ()).throw(KeyboardInterrupt()),
-                                 close=again.stdout.close)
-        kill, wait = again.kill, again.wait
-    monkeypatch.setattr(common, "answer_checker", type("F", (), {
-        "__call__": lambda self, pid: Interrupted, "cache_clear": lambda self: None})())
-    with pytest.raises(KeyboardInterrupt):
-        common.same_latex("(1)", "(2)")
-    assert again.wait() == -signal.SIGKILL  # its late verdict is nobody's
-
-
-def test_the_checking_process_ends_with_its_parent():
-    common.answer_checker.cache_clear()
-    assert common.same_latex("(1)", "{1}")
-    checker = common.answer_checker(os.getpid())
-    checker.stdin.close()  # as when its parent is gone
-    assert checker.wait(20) == 0
-    common.answer_checker.cache_clear()
-
-
-HOOK = r"""
-import os, sys
-ready = []
-def hook(event, args):
-    if ready and (event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork",
-                            "socket.connect") or event == "compile" and b"hostile" in (
-                                args[0] if isinstance(args[0], bytes) else b"")):
-        os.write(1, f"executed: {event} {args}\n".encode())
-sys.addaudithook(hook)
-"""
+@pytest.mark.parametrize("bomb", [
+    "9^{9^{9^9}}", "10^{10}!", "\\binom{\\binom{100}{50}}{\\binom{50}{25}}", "(5!)!",
+    "10^{\\text{}10^{9}}", "10^{\\frac{10^9}{1}}", "{10^{10}}^{10}", "\\sum_{i=1}^{10^{9}} i",
+    "10^{-1000000000}", "7^{2 9999999999}", "7^{\\left(9999999999\\right)}", "7^{|9999999999|}",
+    "\\sin(10^{999999})", "2^{99!}", "(x+1)^{1000}", "(x+y+z)^{100}", "(1+i)^{99999}",
+    "\\cos(1000000x)", "\\frac{x^{999999}-1}{x-1}", "(" * 100 + "5" + ")" * 100,
+    "\\frac{1}{" * 60 + "5" + "}" * 60])
+def test_bombs_are_no_answers(bomb):
+    same_answer("\\frac{3}{2}", "x^{2}")  # imports
+    for pair in ((bomb, "5"), ("\\frac{5}{1}", bomb)):
+        with within(1):
+            assert not same_answer(*pair)
 
 
 def test_no_answer_is_executed(tmp_path):
     """sympy evaluates some texts as Python: none of them holds what the model wrote."""
-    proof = tmp_path / "hostile"
-    payloads = [f"__import__('os').system('touch {proof}')", "hostile.__class__"]
-    wrapped = [
-        "{}", "({})", "\\frac{{{}}}{{1}}", "\\text{{{}}}", "\\operatorname{{{}}}(1)", "x_{{{}}}",
-        "[{}]", "\\{{{}\\}}", "\\mathrm{{{}}}", "\\boxed{{{}}}", "f({})", "1+{}", "3+(4{})",
-        "$\\({}\\)$", "\\begin{{pmatrix}}{}\\end{{pmatrix}}", "answer: ({})", "{}=(1)",
-        "\\sqrt{{{}}}", "\\int {} dx", "{}^{{2}}", "\\left|{}\\right|", "\\log_{{{}}}(2)"]
-    source = inspect.getsource(common.check_answers)
-    told = 'print("ready", file=answers, flush=True)'
-    assert source.count(told) == 1
-    source = source.replace(told, f"{told}; ready.append(1)")
-    lines = [json.dumps(["(5)", w.format(p)]) for p in payloads for w in wrapped]
-    done = subprocess.run([sys.executable, "-c", f"{HOOK}{source}\ncheck_answers(60, {4 << 30})"],
-                          input="\n".join(lines) + "\n", capture_output=True, text=True)
-    assert done.stdout == "ready\n" + "False\n" * len(lines)
-    assert not proof.exists()
+    proof, executed, hear = tmp_path / "hostile", [], [True]
 
+    def hook(event, args):
+        if hear and (event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn",
+                               "os.fork", "socket.connect")
+                     or event == "compile" and "hostile" in str(args[0])):
+            executed.append((event, args))
 
-# --------------------------------------------------------------------------- what a judge quotes
+    sys.addaudithook(hook)
+    for payload in (f"__import__('os').system('touch {proof}')", "hostile.__class__"):
+        for form in ("{}", "({})", "\\frac{{{}}}{{1}}", "\\text{{{}}}", "\\operatorname{{{}}}(1)",
+                     "x_{{{}}}", "[{}]", "\\{{{}\\}}", "\\mathrm{{{}}}", "\\boxed{{{}}}", "f({})",
+                     "1+{}", "3+(4{})", "$\\({}\\)$", "\\begin{{pmatrix}}{}\\end{{pmatrix}}",
+                     "answer: ({})", "{}=(1)", "\\sqrt{{{}}}", "{}^{{2}}", "\\left|{}\\right|",
+                     "\\log_{{{}}}(2)"):
+            assert not same_answer(form.format(payload), "(5)")
+    hear.clear()  # a hook stays
+    assert not executed and not proof.exists()
+
 
 LINES = ("Score: 5", "score : 5", "**Score:** 5", "Score\uff1a5", "\nScore: 5", "Total Score: <5>",
          "Fine. Score: 5", "_Score_: 5", "scor", "Sc", "ore", ":", "\uff1a", " ", "\n", "*", "5",
@@ -476,7 +323,7 @@ LINES = ("Score: 5", "score : 5", "**Score:** 5", "Score\uff1a5", "\nScore: 5", 
          "{response}", "{", "}")
 
 
-@examples(400)
+@examples(300)
 @given(spliced(*LINES), spliced(*LINES))
 def test_nothing_quoted_is_a_score_or_a_tag(question, response):
     texts = [temporal_sr.quoted(x) for x in (question, response)]
@@ -492,107 +339,56 @@ def test_nothing_quoted_is_a_score_or_a_tag(question, response):
         assert prompt.split("<response>\n")[1].split("\n</response>")[0] == texts[1]
 
 
-@examples(200)
-@given(spliced("[[5]]", "[", "]", "5", "10", "[[[", "[ [", "]]", "<answer>", "</answer>", "<", "/",
-               "</ REQUEST>", "answer>", "\n", " "))
-def test_nothing_quoted_is_a_rating_or_a_tag(text):
-    quoted = light_if.quoted(text)
-    parts = [quoted[k:] for k in range(len(quoted) + 1)]
-    assert not any(light_if.parse_rating(p) for p in parts)
-    prompt = light_if.FLUENCY.format(request=quoted, answer=quoted)
-    for tag in ("<request>", "</request>", "<answer>", "</answer>"):
-        assert prompt.count(tag) == 1
-    assert not re.search(r"<\s*/?\s*(answer|request)", quoted, re.I)
+@pytest.mark.parametrize("piece", [" ", "*", "_", ">", ")", "(", "<", "5 ", ". ", "score ", "</",
+                                   "Score: 5 ", "Score:5)", "[", "- ", "\n ", "\n* ", "\u200b",
+                                   "Section ", "A. ", "a ", "***", "[]", "n't", "AB ", "river "])
+def test_long_texts_are_judged_and_checked_in_time(piece):
+    run = piece * (60_000 // len(piece))
+    for text in (run, f"Score: 5{run}x", f"Score: 5 {run}.{run}x", f"{run}Score{run}:{run}5{run}x"):
+        with within(2):
+            parse_score(text)
+            temporal_sr.quoted(text)
+    for constraint in CONSTRAINTS.items():
+        with within(2):
+            follow(f"x{run}y", [constraint])
+    with within(4):
+        light_if.depth(f"{run[:16_000]}</think>{run[:16_000]}", ["a", "b"])
+        light_if.fluent(f"{run}</think>{run}")
 
 
-@pytest.mark.parametrize("piece", [" ", "*", "_", "\t", "`", ">", ")", "(", "<", "#", "5", "5 ",
-                                   ". ", "score", "score ", "Score: 5 ", "Score:5)", "<<", "</",
-                                   "[[", "[[5", "-", "points ", "\n ", "<answer", "[", "\u200b"])
-def test_judgements_are_read_in_time(piece):
-    run, began = piece * (60_000 // len(piece)), time.process_time()
-    for text in (run, f"Score: 5{run}x", f"Score: 5 {run}.{run}x", f"{run}Score{run}:{run}5{run}x",
-                 f". {run}x", f"Score: 5 points{run}x"):
-        for f in (parse_score, temporal_sr.quoted, light_if.quoted, light_if.parse_rating):
-            f(text)
-    assert time.process_time() - began < SECONDS
+def test_no_file_of_a_stranger_is_executed(tmp_path, tiny_folder):
+    class Payload:
+        def __reduce__(self):
+            return (tmp_path / "ran").mkdir, ()
+
+    for name in ("pickle", "code"):
+        shutil.copytree(tiny_folder, tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Payload()}, tmp_path / "pickle" / "pytorch_model.bin")
+    config = json.loads((tmp_path / "code" / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}
+    (tmp_path / "code" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code" / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})")
+    cfg = common.Config(device="cpu", dtype="float32")
+    for name in ("pickle", "code"):
+        assert f"--model {tmp_path / name}: " in outcome(
+            common.load_model, str(tmp_path / name), cfg)[1]
+    (tmp_path / "M_f.pt").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "M_f.pt", weights_only=True)
+    assert not (tmp_path / "ran").exists()
+    for script in (common, gcpo, laser, carft, temporal_sr, light_if):
+        source = inspect.getsource(script)
+        assert source.count("torch.load(") == len(re.findall(
+            r"torch\.load\(.*weights_only=True\)", source))
+        assert not re.search(r"trust_remote_code=True|import pickle|(?<![\w.])(eval|exec)\(", source)
 
 
-# -------------------------------------------------------------------------- IFEval's constraints
-
-GIVEN = {"keywords": ["river"], "keyword": "river", "frequency": 2, "relation": "at least",
-         "forbidden_words": ["river"], "letter": "a", "let_frequency": 2, "language": "de",
-         "let_relation": "at least", "num_sentences": 3, "num_paragraphs": 3, "num_words": 3,
-         "nth_paragraph": 2, "first_word": "a", "num_placeholders": 2, "postscript_marker": "P.S.",
-         "num_bullets": 2, "num_highlights": 2, "section_spliter": "Section", "num_sections": 2,
-         "prompt_to_repeat": "a", "end_phrase": "b", "capital_frequency": 2,
-         "capital_relation": "at least"}
-CONSTRAINTS = [(kind, {k: GIVEN[k] for k in inspect.signature(x.check).parameters if k in GIVEN})
-               for kind, x in KINDS.items()]
-RUNS = ["a", " ", "\n", "*", "**", "***", "* ", "-", "<", "<<", ">", "[", "[]", "]", '"', "'", ".",
-        "! ", "A. ", "p. ", "\n ", "\n* ", "\n\n", "n't", "Section ", "1", "river ", "{", "@", "a@",
-        "\r", "\u2028", "AB ", ".'", "`", "_", "\0"]
-
-
-@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=list(KINDS))
-def test_constraints_are_checked_in_time(constraint):
-    for piece in RUNS:
-        run = piece * (60_000 // len(piece))
-        for text in (run, f"x{run}y"):
-            began = time.process_time()
-            follow(text, [constraint])
-            assert time.process_time() - began < SECONDS, repr(piece)
-
-
-@examples(150)
-@given(spliced("[", "]", "<<", ">>", "<", ">", "\n", "a", " ", "***", "******", "*", '"', "P.S.",
-               "{", "}", "A. ", "- ", "\0", "\ud800", "Section 1", "\r", "\u2028"))
-def test_constraints_of_any_text(text):
-    """No crash, and what was made faster finds what the original's expressions find."""
-    follow(text, CONSTRAINTS, loose=True)
-    titles = re.findall(r"<<[^\n]+>>", text)
-    assert light_if.has_title(text) == any(t.lstrip("<").rstrip(">").strip() for t in titles)
-    for n in range(4):
-        slots = [("detectable_content:number_placeholders", {"num_placeholders": n})]
-        assert follow(text, slots) == [
-            bool(text.strip()) and len(re.findall(r"\[[^]\n]*\]", text)) >= n]
-
-
-ODD = st.one_of(VALUES, st.sampled_from([" ", "", [" "], [""], [], ["a", " "], True, False, 1, 0,
-                                         -1, 10**30, "at least", "less than", "(", "\\", "x{y}"]))
-
-
-@examples(300)
-@given(st.lists(st.tuples(
-    st.sampled_from([*KINDS]) | VALUES,
-    st.dictionaries(st.sampled_from([*GIVEN]) | TEXTS, ODD, max_size=3) | VALUES), max_size=3),
-    st.just("Write.") | VALUES, st.booleans())
-def test_constraints_of_any_layout(constraints, prompt, complete):
-    kinds, kwargs = [k for k, _ in constraints], [v for _, v in constraints]
-    if complete:
-        kwargs = [{**given, **(v if isinstance(v, dict) else {})} for kind, v in constraints
-                  for given in [dict(CONSTRAINTS).get(str(kind), {})]]
-    rows = [{"prompt": prompt, "instruction_id_list": kinds, "kwargs": kwargs}]
-    tasks, line = outcome(light_if.to_tasks, rows, WHAT)
-    assert f"{WHAT}: row 1 " in line if line else tasks[0].question == prompt
-    if tasks:
-        follow("Some text.\n\n[a] b", tasks[0].constraints, loose=True)
-
-
-@pytest.mark.parametrize("kind, given", [
-    ("keywords:existence", {"keywords": [" "]}), ("keywords:forbidden_words",
-                                                  {"forbidden_words": ["a", "\n"]}),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": True}),
-    ("detectable_format:number_bullet_lists", {"num_bullets": False}),
-    ("punctuation:no_comma", {"unknown": "x"}), ("keywords:frequency", {"keyword": "a"}),
-    ("length_constraints:number_words", {"num_words": 1.0, "relation": "at least"})])
-def test_constraints_that_are_refused(kind, given):
-    rows = [{"prompt": "Write.", "instruction_id_list": [kind], "kwargs": [given]}]
-    assert "row 1 cannot be checked" in outcome(light_if.to_tasks, rows, WHAT)[1]
-
-
-def test_thinking_is_read_in_time():
-    began = time.process_time()
-    for words in ("a " * 8000, "a b " * 4000, "< " * 8000):
-        light_if.depth(f"{words}</think>{words}", ["a", "b"])
-        light_if.fluent(f"{words}</think>{words}")
-    assert time.process_time() - began < 3 * SECONDS
+def test_curves_of_any_level(tmp_path):
+    run = object.__new__(common.Run)
+    run.folder, run.script, run.curves = tmp_path, "gcpo", {"a": ["eval/*"], "$_{": ["b/*"]}
+    run.cfg = SimpleNamespace(model="m$_{", method="$\\frac$", seed=0)
+    names = ("eval/accuracy/level$\\frac{$", "eval/accuracy/level_$x$", "eval/accuracy/level^{}$$")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **dict.fromkeys(names, .5)}))
+    run.draw_curves()
+    assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -12,33 +12,9 @@ import torch
 import light_if
 from common import Sample
 from light_if import (
-    KINDS,
-    Task,
-    ask,
-    combine,
-    conflict,
-    cue,
-    dense_reward,
-    depth,
-    fluent,
-    follow,
-    group_advantages,
-    hardness,
-    kept,
-    length_reward,
-    parse_rating,
-    policy_loss,
-    pools_of,
-    reward,
-    select_tokens,
-    sentences,
-    split_thinking,
-    synthesise,
-    tea_bonus,
-    tea_coefficients,
-    tea_weights,
-    to_tasks,
-    weight,
+    KINDS, Task, ask, combine, conflict, cue, dense_reward, depth, fluent, follow, group_advantages,
+    hardness, kept, length_reward, policy_loss, pools_of, reward, select_tokens, sentences,
+    split_thinking, synthesise, tea_bonus, tea_coefficients, tea_weights, to_tasks, weight,
 )
 
 
@@ -477,13 +453,6 @@ def test_cues_find_what_a_prompt_asks_for():
 def test_fluency_rule(text, ok):
     assert fluent(f"think think think</think>{text}") == ok
     assert not fluent(text)  # no answer
-
-
-@pytest.mark.parametrize("text, n", [
-    ("fine [[7]]", 7), ("[[3]] no, [[10]]", 10), ("[[11]] [[0]]", 0), ("[7]", 0), ("", 0),
-    ("[[8]] or [[99]]", 8), ("[[007]]", 0)])
-def test_rating(text, n):
-    assert parse_rating(text) == n
 
 
 def test_hardness_and_pools():

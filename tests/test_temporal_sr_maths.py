@@ -3,6 +3,7 @@ properties."""
 
 import math
 import random
+from types import SimpleNamespace
 
 import make
 import pytest
@@ -12,22 +13,9 @@ from torch.nn.functional import cosine_similarity
 import temporal_sr
 from common import Sample
 from temporal_sr import (
-    Candidate,
-    anchored_rejection,
-    best,
-    dpo_loss,
-    form_grade,
-    future_guided_chosen,
-    is_pair,
-    learning_rate,
-    mean_pool,
-    order_agreement,
-    parse_score,
-    preferences,
-    quoted,
-    verdicts,
-    win_rate,
-    worst,
+    Candidate, anchored_rejection, best, dpo_loss, form_grade, future_guided_chosen, is_form,
+    is_pair, learning_rate, mean_pool, order_agreement, parse_score, preferences, quoted, run_rates,
+    verdicts, win_rate, worst,
 )
 
 NAN = math.nan
@@ -38,13 +26,13 @@ def pool(source, *scores, finished=True):
             for i, s in enumerate(scores)]
 
 
-def pairs(s_i, s_0, s_f, rng=None, strict=False):
+def pairs(s_i, s_0, s_f, rng=None):
     """-> the pair of Self-Rewarding, of D_1 and of D_2, None where there is none"""
     rng = rng or random.Random(0)
     r_i, r_0, r_f = pool("present", *s_i), pool("past", *s_0), pool("future", *s_f)
     chosen, rejected = best(r_i, rng), worst(r_i, rng)
     sr = (chosen, rejected)
-    rejected = anchored_rejection(rejected, worst(r_0, rng), strict)
+    rejected = anchored_rejection(rejected, worst(r_0, rng))
     D_1, D_2 = (chosen, rejected), (future_guided_chosen(chosen, best(r_f, rng)), rejected)
     return [pair if is_pair(*pair) else None for pair in (sr, D_1, D_2)]
 
@@ -91,12 +79,6 @@ def test_pairs_are_the_extremes_of_the_unions():
         if sr:
             assert D_1
         assert gap(D_2) >= gap(D_1) >= gap(sr)
-
-
-def test_strict_anchor_rejects_m_0s_worst_always():
-    assert told(pairs([4, 1], [3, 2], [0], strict=True)[1]) == (("present", 4), ("past", 2))
-    assert pairs([4, 1], [NAN, NAN], [0], strict=True)[1] is None
-    assert told(pairs([4, 1], [NAN, NAN], [NAN])[2]) == (("present", 4), ("present", 1))
 
 
 def test_ties_are_broken_by_the_generator():
@@ -165,6 +147,17 @@ def test_learning_rates():
     assert learning_rate(0, 1, 1.0, 1) == 0 and learning_rate(1, 2, 1.0, 1) == 1
 
 
+def test_rates_of_a_run():
+    cfg = SimpleNamespace(warmup_steps=0)
+    assert run_rates(cfg, 1, 2.0) == [2.0], "no step is lost to a rate of 0"
+    assert run_rates(cfg, 9, 2.0)[0] == 2.0
+    rates = run_rates(cfg, 125, 5e-7)
+    assert rates[0] == 0 and rates[13] == 5e-7 and len(rates) == 125
+    cfg.warmup_steps = 4
+    assert run_rates(cfg, 8, 1.0)[:5] == [0, .25, .5, .75, 1]
+    assert run_rates(cfg, 3, 1.0) == [0, .5, 1], "never longer than the run"
+
+
 def test_pooling_by_hand():
     hidden = torch.tensor([[[9., 9], [1, 0], [0, 1], [1, 1]], [[9, 9], [1, 0], [1, 1], [7, 7]]])
     mask = torch.tensor([[0., 1, 1, 1], [0, 1, 1, 0]])
@@ -181,6 +174,7 @@ def test_win_rate_by_hand():
     assert win_rate(base, base) == .5
     assert win_rate(torch.tensor([[2., 2], [0, 3]]), base) == pytest.approx((.75 + .25) / 2)
     assert win_rate(torch.tensor([[2., NAN], [NAN, NAN]]), base) == pytest.approx(.75)
+    assert win_rate(torch.tensor([[2., NAN], [0, 3]]), base) == pytest.approx((.75 + .25) / 2)
 
 
 def test_order_agreement_by_hand():
@@ -240,6 +234,12 @@ def test_what_is_quoted_holds_no_tag(text):
 # ------------------------------------------------------------------------------------ the form task
 
 FORM = "Fill the form:\nanimal\ncolour\nfruit\ntool\nmetal"
+
+
+def test_what_is_a_form():
+    assert is_form(FORM)
+    for other in ("animal", FORM + "\ncity", FORM.replace("tool", "name"), FORM[1:], ""):
+        assert not is_form(other)
 
 
 @pytest.mark.parametrize("answer, grade", [

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import TINY_FOLDER, as_samples, cross_entropy_backward, encode_questions, problem_stream
+from common import TINY_FOLDER, Config, as_samples, encode_questions, problem_stream, sft_step
 from light_if import THINK_END, capital_words, combine, follow, words
 from temporal_sr import FORM, SLOTS, form_words, verdicts
 
@@ -67,16 +67,12 @@ def train(folder, model, tok, draw, steps, batch, lr):
     """Supervised training: `draw()` gives one (question, response) at a time. The learning rate
     rises for 50 steps and then falls to zero, both linearly. The model is saved in the folder."""
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        opt, lambda s: min((s + 1) / 50, (steps - s) / (steps - 50)))
-    for _ in tqdm(range(steps), folder.name, disable=None):
+    cfg = Config(device="cpu", micro_tokens=2048)
+    for step in tqdm(range(steps), folder.name, disable=None):
         questions, responses = zip(*[draw() for _ in range(batch)])
         samples = as_samples(tok, encode_questions(tok, list(questions)), list(responses))
-        cross_entropy_backward(model, samples, 2048, "cpu")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        rate.step()
-        opt.zero_grad(set_to_none=True)
+        rate = lr * min((step + 1) / 50, (steps - step) / (steps - 50))
+        sft_step(model, samples, opt, cfg, step, [rate])
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
 

@@ -92,19 +92,18 @@ CLAIMS = {
               "SFT goes on imitating the terse annotators, too"),
         Claim("Better than ReFT", "+2.3 SVAMP, +0.7 GSM8K, CodeLlama-7B [2nd: review]",
               ("carft", "accuracy"), ("reft", "accuracy"), True,
-              "equal steps; --hot {carft, hot|accuracy} against {reft, hot|accuracy}"),
+              "equal steps; hot {carft, hot|accuracy} against {reft, hot|accuracy}"),
         Claim("... because of the contrast with the annotated CoT", "the method [abstract]",
               ("carft", "accuracy"), ("carft, lambda 0", "accuracy"), False,
-              "the shared head alone gains as much; --hot {carft, hot|accuracy} with, "
-              "{carft, hot, lambda 0|accuracy} without; the released loss "
-              "{carft, code parity|accuracy}"),
+              "the shared head alone gains as much; hot {carft, hot|accuracy} with, "
+              "{carft, hot, lambda 0|accuracy} without"),
         Claim("Better than Dr. GRPO", "up to 10.15 % over the baselines [abstract]",
               ("carft", "accuracy"), ("drgrpo", "accuracy"), False,
               "equal steps; in equal CPU time {drgrpo, equal seconds|accuracy}: no critic, no "
               "second epoch"),
         Claim("More stable than ReFT", "no number [abstract]",
               ("reft, hot", "worst_drop"), ("carft, hot", "worst_drop"), False,
-              "largest fall of the accuracy, --hot; without contrast "
+              "largest fall of the accuracy, hot; without contrast "
               "{carft, hot, lambda 0|worst_drop}; at the gentle rates {reft|worst_drop} and "
               "{carft|worst_drop}"),
         Claim("More efficient", "up to 30.62 % [abstract]",

@@ -116,7 +116,7 @@ def carft(result, axes):
           ylabel="held-out accuracy")
     lines(axes[1], result, {f"{row}, hot" if row != "carft, lambda 0" else "carft, hot, lambda 0":
                             names[row] for row in ("carft", "carft, lambda 0", "reft")},
-          "eval/accuracy", "three times the rate (--hot)", xlabel="step",
+          "eval/accuracy", "three times the rate (hot)", xlabel="step",
           ylabel="held-out accuracy")
     bars(axes[2], result, {"carft": "CARFT", "reft, equal seconds": "ReFT",
                            "drgrpo, equal seconds": "Dr. GRPO"},

@@ -4,14 +4,16 @@
 
 Every run is `python <script>.py --method ... --seed ...` on the embedded default, one thread, in
 runs/reproduce/; a finished one (its summary.json exists) is not run again, a killed one is resumed.
-The method itself runs first. A baseline of the same seed then stops at the first step that has
-sampled as many tokens; where all rows sample alike at every step, it takes as many steps, and once
-more as many as fit into the method's CPU time of training (the median over seeds). Writes in
+What gcpo.py's baselines reach is told at the number of tokens that the method has sampled in all,
+on a straight line between the evaluations before and after. Where all rows sample alike at every
+step, a baseline takes once more as many steps as fit into the method's CPU time of training (the
+median over seeds). Writes in
 benchmarks/results/ <script>.json, its table <script>.md and its figure <script>.png (figures.py),
 then the results section of the README (claims.py).
 """
 
 import argparse
+import functools
 import importlib
 import json
 import math
@@ -46,12 +48,7 @@ def blind_judge(script):
 def sgd(script):
     """DPO steps as long as the (clipped) gradient: AdamW with an epsilon far above the root of any
     second moment is SGD with momentum. It wants another --lr."""
-    def dpo(policy, batches, opt, *rest):
-        for group in opt.param_groups:
-            group["eps"] = 1.0
-        return run_dpo(policy, batches, opt, *rest)
-
-    run_dpo, script.dpo = script.dpo, dpo
+    script.torch.optim.AdamW = functools.partial(script.torch.optim.AdamW, eps=1.0)
 
 
 def rubber_stamp(script):
@@ -150,16 +147,19 @@ VARIATIONS = {f.__name__.replace("_", " "): f for f in (
 ALL_ROWS = {"laser": "calibrated"}  # a variation of all rows of a script
 OF_TSR = ("poor judge", "blind judge", "sgd")
 FINAL = ["--eval_every", "0"]  # nothing of these rows is drawn over the steps
-# {first}: the folder of the first row, same seed
-ON = [*FINAL, "--products", "{first}", "--stage"]
+HOT = ["--lr", "6e-4", "--head_lr", "6e-3", "--vf_coef", "1", "--head_only_steps", "0"]
+# Products of the first row, same seed, that a row of light_if goes on from.
+PROMPTS, ZERO = ("prompts.jsonl",), ("prompts.jsonl", "zero_easy", "zero_hard")
+COLD, SFT = (*ZERO, "cold_start.jsonl"), (*ZERO, "cold_start.jsonl", "sft")
 # script: rows of the table; the first one sets the number of sampled tokens or of steps
 ROWS = {
     "gcpo": {
         "gcpo": [],
-        "dapo": ["--method", "dapo"],
-        "gspo": ["--method", "gspo"],
-        "gspo, lr 1e-4": ["--method", "gspo", "--lr", "1e-4"],
-        "gcpo, KL": [*FINAL, "--kl_beta", "0.04"],
+        # steps in which they sample at least as many tokens as gcpo, see EQUAL_TOKENS
+        "dapo": ["--method", "dapo", "--steps", "50", "--eval_every", "5"],
+        "gspo": ["--method", "gspo", "--steps", "360"],
+        "gspo, lr 1e-4": ["--method", "gspo", "--lr", "1e-4", "--steps", "360"],
+        "gcpo, KL": ["--kl_beta", "0.04", "--steps", "310"],
     },
     "laser": {
         "laser": FINAL,
@@ -174,11 +174,10 @@ ROWS = {
         "reft": ["--method", "reft"],
         "sft": ["--method", "sft"],
         "drgrpo": ["--method", "drgrpo"],
-        "carft, hot": ["--hot"],
-        "reft, hot": ["--hot", "--method", "reft"],
-        "carft, code parity": [*FINAL, "--code_parity"],
+        "carft, hot": HOT,
+        "reft, hot": [*HOT, "--method", "reft"],
         "carft, lambda 0": ["--cl_coef", "0"],
-        "carft, hot, lambda 0": ["--hot", "--cl_coef", "0"],
+        "carft, hot, lambda 0": [*HOT, "--cl_coef", "0"],
     },
     "temporal_sr": {
         "tsr": [],
@@ -192,32 +191,35 @@ ROWS = {
     },
     "light_if": {
         "light_if": [],
-        "sft plain": [*ON, "sft+", "--sft", "plain"],
-        "dense, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40"],
-        "sparse, hard only": [*ON, "rl+", "--method", "grpo", "--steps", "40",
-                              "--reward", "sparse"],
-        "dense, five constraints": [*ON, "rl+", "--method", "grpo", "--steps", "40"],
-        "sparse, five constraints": [*ON, "rl+", "--method", "grpo", "--steps", "40",
+        "sft plain": [*FINAL, "--sft", "plain"],
+        "dense, hard only": [*FINAL, "--method", "grpo", "--steps", "40"],
+        "sparse, hard only": [*FINAL, "--method", "grpo", "--steps", "40", "--reward", "sparse"],
+        "dense, five constraints": [*FINAL, "--method", "grpo", "--steps", "40"],
+        "sparse, five constraints": [*FINAL, "--method", "grpo", "--steps", "40",
                                      "--reward", "sparse"],
         "zero_rl, rubber stamp": ["--sft", "none", "--steps", "0"],
         "grpo, rubber stamp": ["--method", "grpo", "--steps", "40"],
-        "tea off": [*ON, "rl+", "--tea", "off"],
-        "no zero_rl": [*ON, "cold_start+", "--zero_rl", "false"],
-        "reward sparse": [*ON, "rl+", "--reward", "sparse"],
-        "sft none": [*ON, "rl+", "--sft", "none"],
-        "tea x 10": [*ON, "rl+", "--tea_coef", str(100 / 8192)],
-        "tea released": [*ON, "rl+", "--tea", "released"],
-        "no curriculum": [*ON, "rl+", "--curriculum", "false"],
-        "grpo": [*ON, "rl+", "--method", "grpo"],
+        "tea off": [*FINAL, "--tea", "off"],
+        "no zero_rl": [*FINAL, "--zero_rl", "false"],
+        "reward sparse": [*FINAL, "--reward", "sparse"],
+        "sft none": [*FINAL, "--sft", "none"],
+        "tea x 10": [*FINAL, "--tea_coef", str(100 / 8192)],
+        "tea released": [*FINAL, "--tea", "released"],
+        "no curriculum": [*FINAL, "--curriculum", "false"],
+        "grpo": [*FINAL, "--method", "grpo"],
     },
 }
+SHARED = {"sft plain": COLD, "no zero_rl": PROMPTS, "sft none": ZERO,
+          **dict.fromkeys(("tea off", "reward sparse", "tea x 10", "tea released",
+                           "no curriculum"), SFT),
+          **dict.fromkeys(("grpo", "dense, hard only", "sparse, hard only",
+                           "dense, five constraints", "sparse, five constraints"), PROMPTS)}
 # script: rows or variations that have the first so many seeds only
 FEW_SEEDS = {"laser": dict.fromkeys(("laser, alpha 0.1", "laser, tau 0", "better start"), 2),
-             "carft": {"carft, code parity": 2},
              "temporal_sr": dict.fromkeys(OF_TSR, 2),
              "light_if": {"rubber stamp": 1, "tea released": 1, "five constraints": 2,
                           "tea x 10": 3}}
-EQUAL_STEPS = ("laser", "carft", "temporal_sr", "light_if")  # no row stops at the first's tokens
+EQUAL_TOKENS = ("gcpo",)  # rows are compared at the tokens that the first one has sampled
 EQUAL_SECONDS = {"carft": ("reft", "drgrpo")}  # run once more, in the first row's CPU time
 # script: what to compare besides the first row with every other one, some by another measure
 DIFFERENCES = {"carft": [("carft, hot", "reft, hot"), ("carft, hot", "carft, hot, lambda 0"),
@@ -290,14 +292,21 @@ def history(script, folder):
 
 
 def at_half(rows):
-    """The held-out accuracy at half of the sampled tokens (steps, where none are sampled), on a
-    straight line between the evaluations before and after."""
-    rows = [(r.get("sample/tokens") or r["step"], r["eval/accuracy"])
-            for r in rows if "eval/accuracy" in r]
-    half = rows[-1][0] / 2
-    n = next(i for i, (x, _) in enumerate(rows) if x >= half)
+    """The held-out accuracy at half of the sampled tokens (steps, where none are sampled)."""
+    last = rows[-1]
+    return at(rows, (last.get("sample/tokens") or last["step"]) / 2, "accuracy")
+
+
+def at(rows, tokens, name):
+    """A held-out number at so many sampled tokens (steps, where none are sampled), on a straight
+    line between the evaluations before and after; beyond the last one, that."""
+    rows = [(r.get("sample/tokens") or r["step"], r[f"eval/{name}"])
+            for r in rows if f"eval/{name}" in r]
+    n = next((i for i, (x, _) in enumerate(rows) if x >= tokens), None)
+    if n is None:
+        return rows[-1][1]
     (x0, y0), (x1, y1) = rows[n - 1:n + 1]
-    return y0 + (y1 - y0) * (half - x0) / (x1 - x0)
+    return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
 
 def curve(runs, metric, points=40):
@@ -366,6 +375,10 @@ def run(script, name, flags, seed):
     if variation:
         command[1:] = ["-c", f"import sys; sys.path[:0] = ['benchmarks', '.']; import reproduce, "
                        f"{script} as s; reproduce.VARIATIONS[{variation!r}](s); s.main()"]
+    for product in () if folder.exists() else SHARED.get(name, ()):
+        source = folder_of(script, next(iter(ROWS[script])), seed) / product
+        folder.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / product)
     if (folder / "config.json").exists():
         command += ["--resume", str(folder)]
     else:
@@ -391,6 +404,10 @@ def tabulate(script, folders):
                   "seconds": [round(s["seconds"]) for s in summaries],
                   "train_cpu_seconds": [s["train_cpu_seconds"] for s in summaries],
                   "sampled_tokens": [sampled_tokens(f) for f in found]}
+        if script in EQUAL_TOKENS:  # what they are at the tokens that the first row has sampled
+            firsts = next(iter(folders.values()))
+            after |= {k: [at(metrics(f), sampled_tokens(first), k)
+                          for f, first in zip(found, firsts)] for k in names}
         ways = [history(script, f) for f in found]
         after |= {k: [way[k] for way in ways] for k in ways[0] if all(k in way for way in ways)}
         if variation_of(name) in ("better start", "rubber stamp"):  # they start elsewhere
@@ -491,11 +508,7 @@ def main():
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = {name: [pool.submit(run, script, name, flags, s) for s in seeds]}
             folders = {name: [j.result() for j in jobs[name]]}
-            stop = {s: [] if script in EQUAL_STEPS else [
-                "--steps", "1000000", "--sampled_tokens", str(sampled_tokens(folders[name][s]))]
-                for s in seeds}
-            jobs = {other: [pool.submit(run, script, other, [
-                f.replace("{first}", str(folders[name][s])) for f in more] + stop[s], s)
+            jobs = {other: [pool.submit(run, script, other, more, s)
                             for s in seeds_of(script, other, seeds)]
                     for other, more in baselines}
             folders |= {other: [j.result() for j in found] for other, found in jobs.items()}

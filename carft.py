@@ -148,7 +148,8 @@ TEMPERATURE, CEILING = 0.2, 0.9  # tau, and the cosine from which a pair is pull
 CLIP = 0.2                 # of the ratio and of the value [code]
 SFT_BATCH = 64             # annotated CoT per step of stage 1 [code]
 VECTORS = 256              # held-out CoT in the evaluation of the vectors [ours]
-TEMPLATE = "Question:\n{{ messages[0].content }}\nAnswer reasoning:\n"                   # [code]
+# Jinja drops the last \n [code: the prompt]
+TEMPLATE = "Question:\n{{ messages[0].content }}\nAnswer reasoning:\n\n"
 TRIGGER = "\nTherefore, the answer is: "                                                # [code]
 
 METRICS = {

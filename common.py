@@ -48,9 +48,8 @@ matplotlib.rcParams["text.parse_math"] = False  # a level of the data may have a
 
 
 def arg(default, help):
-    """A dataclass field whose help says what it is, where its value is from, and the value."""
-    value = "" if default == "" else " (default: %(default)s)"
-    return HfArg(default=default, help=help.replace("%", "%%") + value)
+    """A dataclass field whose help says what it is and, in brackets, where its value is from."""
+    return HfArg(default=default, help=help.replace("%", "%%"))
 
 
 @dataclass
@@ -99,6 +98,13 @@ def fail(message):
     raise SystemExit(2)
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the docstring as it is, and the value that a flag will have."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default == "" else super()._get_help_string(action)
+
+
 def parse_config(cls, script, doc, tiny, methods, argv=None):
     """The command line -> a `cls`. A flag's value is, in this order: what was typed, that of `tiny`
     (with the tiny model only; entries named after a method hold for that method), that of
@@ -109,8 +115,7 @@ def parse_config(cls, script, doc, tiny, methods, argv=None):
     for flag, default in (("--model", "tiny"), ("--method", cls.method), ("--resume", "")):
         peek.add_argument(flag, nargs="?", default=default)
     chosen = peek.parse_known_args(argv)[0]
-    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False, formatter_class=Formatter)
     parser.error = lambda message: fail(f"{message} (see --help)")
     values = methods.get(chosen.method, {})
     if chosen.model == "tiny":
@@ -371,9 +376,10 @@ def read_json(path, what):
         for line in lines:
             number += 1
             value = json.loads(line) if line.strip() else []
-            rows += value if isinstance(value, list) else [value]
-            if not all(isinstance(row, dict) for row in rows[-1:] + rows[:1]):
+            value = value if isinstance(value, list) else [value]
+            if not all(isinstance(row, dict) for row in value):
                 raise ValueError("it is not an object with a value for every column")
+            rows += value
     except (OSError, ValueError, RecursionError) as e:
         fail(f"{what}: row {number} cannot be read: {e}")
     return rows or fail(f"{what}: no rows in it")
@@ -478,7 +484,7 @@ def defuse(tok, text):
     text = text.encode(errors="replace").decode()
     special = {t.content for t in tok.added_tokens_decoder.values() if t.special}
     for token in {t.strip() for t in special | {*tok.all_special_tokens}}:
-        if len(token) > 1:
+        while len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
 
@@ -549,7 +555,7 @@ def generator_of(cfg, *names):
     return torch.Generator(cfg.device).manual_seed(int.from_bytes(key[:6], "big"))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode autocast would keep no casts
 def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=None, rows=ROWS):
     """`group` responses to each prompt from softmax(logits / temperature), nothing else applied
     (but see `suppress`); temperature 0 is greedy. -> B*G Samples; sample i is of prompt i // group.
@@ -756,7 +762,7 @@ def extract_answer(text):
     for m in re.finditer(r"^[ \t>*_]*####(?!#)[ \t]*([^\n]+)", text, re.M):
         marks.append((2 if is_answer(m[1]) else 1, m.start(1), m[1]))
     for m in re.finditer(r"\banswer(?: is:?|:)\s*(?!\\boxed|####)(?=[^\n])", text, re.I):
-        said = re.split(r"\n|\.(?:\s|$)", text[m.end():], maxsplit=1)[0]  # to the sentence's end
+        said = re.split(r"\n|\.(?:\s|$)", text[m.end():m.end() + 500])[0]  # the rest of a sentence
         marks.append((2 if is_answer(said) else 0, m.end(), said))
     return marks and max(marks)[2].strip(" \t\n<>*") or None
 
@@ -769,8 +775,8 @@ def is_answer(text):
 
 def as_number(text):
     """`1,080`, `$18`, `5 apples`, `50%`, `3/4`, `1 1/2`, `x = 5` -> a Fraction; else None."""
-    for old, new in (("\\$", "$"), ("\\%", "%"), ("\u2212", "-"), ("\\!", ""), ("{,}", ",")):
-        text = text.replace(old, new)
+    text = re.sub(r"\\!\s*", "", text).replace("{,}", ",").replace("\u2212", "-")
+    text = text.replace("\\$", "$").replace("\\%", "%")
     m = len(text) <= 100 and re.fullmatch(
         rf"(?:[a-zA-Z]\s*=\s*)?(-?)[$€£]?\s*\+?(?:({NUMBER})\s*/\s*(\d+)|(-?)(\d+)\s+(\d+)/(\d+)|"
         rf"({NUMBER}))(?:\s*(?:%|°|{UNIT})|\s+[a-zA-Z])?\.?", text.strip())
@@ -805,6 +811,8 @@ def same_answer(given, truth):
         return tight[0] == tight[1]
     if all(bases) and bases[0] != bases[1] or explosive(given) or explosive(truth):
         return False
+    if re.search(r"\$|\\[(\[]|\\boxed|\n", given + truth):  # math-verify would read a part
+        return False
     from math_verify import LatexExtractionConfig, parse, verify
 
     # LaTeX only: what is none, `parse` would evaluate as Python
@@ -815,21 +823,27 @@ def same_answer(given, truth):
 
 
 def explosive(text):
-    """Could evaluating it take for ever? Exponents that are powers of numbers; a large product of
-    exponents, above 20 where they stand behind a bracket, which may be a sum; large factorials;
-    sums, integrals and the like."""
-    powers = re.findall(r"([)}\]]?)\s*\^[\s{(+]*(\d{1,9})", text)
-    tower = re.search(r"\^\s*\{?\s*\w+\s*\}?\s*\^", text)
-    for m in re.finditer(r"\^\s*[{(]", text):
-        depth, end = 1, m.end()
+    """Could evaluating it take for ever? Exponents that are powers of numbers, or whose numbers have
+    a large product, above 20 behind a bracket, which may be a sum; large factorials; trigonometry
+    of large numbers; sums, integrals and the like."""
+    text = re.sub(r"\\(?:left|right|text|mathrm)\b", "", text)
+    plain = bracketed = 1
+    for m in re.finditer(r"([)}\]]?)\s*\^\s*", text):
+        end = re.compile(r"[-+]?\w*|").match(text, m.end()).end()
+        depth = text[m.end():m.end() + 1] in ("{", "(")
         while depth and end < len(text):  # to the bracket that closes the exponent
-            depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(text[end], 0)
             end += 1
-        tower = tower or re.search(r"\d[\s)}]*\^", text[m.end():end])
-    return bool(tower or math.prod(int(n) for _, n in powers) > 20_000
-                or math.prod(int(n) for bracket, n in powers if bracket) > 20
-                or "!" in re.sub(r"(?<![\d.)}!])\d{1,3}!(?!!)", "", text)
-                or re.search(r"\\(?:[dt]?binom|choose|sum|prod|i*int|lim|Gamma)", text))
+            depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(text[end:end + 1], 0)
+        exponent = text[m.end():end]
+        size = math.prod(int(n[:9]) for n in re.findall(r"\d+", exponent))
+        plain, bracketed = plain * size, bracketed * (size if m[1] else 1)
+        if re.search(r"\d[\s)}]*\^", exponent) or re.match(r"[\s)}]*\^", text[end:]):
+            return True
+    factorials = re.sub(r"(?<![\d.)}!])\d{1,3}!(?!!)", "", text) if "^" not in text else text
+    return bool(plain > 20_000 or bracketed > 20 or "!" in factorials
+                or re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text) and re.search(r"\d{3}", text)
+                or re.search(r"\\(?:[dt]?binom|choose|sum|prod|i*int|lim|Gamma)", text)
+                or re.search(r"(?:[({\[]\s*){10}", text))  # which the parser takes long for
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -1040,7 +1054,10 @@ class Run:
                  "logs": {log: (self.folder / log).stat().st_size for log in LOGS}}
         path = self.folder / "checkpoint" / f"step_{self.state['step']:06d}.pt"
         path.parent.mkdir(exist_ok=True)
-        torch.save(saved, path.with_name("new"))
+        try:
+            torch.save(saved, path.with_name("new"))
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise OSError(f"{path} cannot be written: {e}") from e
         path.with_name("new").replace(path)
         for old in self.checkpoints()[2:]:  # the last two stay
             old.unlink()

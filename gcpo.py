@@ -267,9 +267,7 @@ def importance_ratio(logp, old_logp, mask, kind):
 
 def k3_kl(logp, ref_logp):
     """The k3 estimator, pi_ref/pi - log(pi_ref/pi) - 1 >= 0, per sampled token. (n, L) -> (n, L)
-
-    [DSMath Eq. 4 as trl and verl have it]
-    """
+    [DSMath Eq. 4 as trl and verl have it]"""
     return (ref_logp - logp).exp() - (ref_logp - logp) - 1
 
 
@@ -300,8 +298,10 @@ def policy_loss(logp, old_logp, ref_logp, A, mask, cfg, n_seq, n_tok):
     return -J, (cut * mask).sum(1) / length, kl.detach().sum(1) / length
 
 
-# ------------------------------------------------------------------- 4. evaluation, 5. the loop
-# The evaluation is common.evaluate; --eval_samples 32 gives the paper's mean@32 [2nd: KR].
+# --------------------------------------------------------------------------------- 4. evaluation
+# common.evaluate with the verifier above; --eval_samples 32 gives the paper's mean@32 [2nd: KR].
+
+# ---------------------------------------------------------------------------------- 5. the loop
 
 
 @one_line

@@ -80,6 +80,7 @@ import json
 import math
 import random
 import re
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -979,10 +980,13 @@ def finished(run, name, start, steps):
     """Where the model of a stage is, if there is nothing left to do for it."""
     if not steps:
         return start
-    if (run.folder / name).exists():
-        run.state["stages"].setdefault(name, run.state["after"])  # killed before a next checkpoint
-        return run.folder / name
-    return None
+    if not (run.folder / name).exists():
+        return None
+    if run.state["stage"] == name and run.state["step"] < run.state["began"] + steps:
+        shutil.rmtree(run.folder / name)  # the last stage of a run that goes on with more --steps
+        return None
+    run.state["stages"].setdefault(name, run.state["after"])  # killed before a next checkpoint
+    return run.folder / name
 
 
 def leave(run, name, policy, tok):

@@ -7,9 +7,8 @@ runs/reproduce/; a finished one (its summary.json exists) is not run again, a ki
 What gcpo.py's baselines reach is told at the number of tokens that the method has sampled in all,
 on a straight line between the evaluations before and after. Where all rows sample alike at every
 step, a baseline takes once more as many steps as fit into the method's CPU time of training (the
-median over seeds). Writes in
-benchmarks/results/ <script>.json, its table <script>.md and its figure <script>.png (figures.py),
-then the results section of the README (claims.py).
+median over seeds). Writes in benchmarks/results/ <script>.json, its table <script>.md and its
+figure <script>.png (figures.py), then the results section of the README (claims.py).
 """
 
 import argparse
@@ -254,6 +253,7 @@ CURVES = {"gcpo": ["groups/all_wrong", "eval/accuracy/level4"],
           "temporal_sr": ["gap/grader", "pairs/similarity", "eval/win_rate"],
           "light_if": ["entropy", "sample/checked"]}
 
+
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
@@ -278,9 +278,10 @@ def history(script, folder):
                 "answers": rows[-1]["sample/answers"], "runs": rows[-1]["sample/runs"]}
     if script == "light_if":
         after, stages = summary(folder)["after"], summary(folder)["stages"]
+        ran = {r.get("stage/number") for r in rows}  # a stage that was copied says nothing of it
         found = {"accuracy, hard": (after["accuracy/level4"] + after["accuracy/level5"]) / 2}
-        for stage, name in (("zero_hard", "zero_rl"), ("sft", "sft")):
-            if stage in stages:
+        for number, stage, name in ((2, "zero_hard", "zero_rl"), (3, "sft", "sft")):
+            if number in ran:
                 found |= {f"{k} of {name}": stages[stage][k]
                           for k in ("accuracy", "checked", "entropy", "length", "greedy")}
         return found
@@ -375,10 +376,13 @@ def run(script, name, flags, seed):
     if variation:
         command[1:] = ["-c", f"import sys; sys.path[:0] = ['benchmarks', '.']; import reproduce, "
                        f"{script} as s; reproduce.VARIATIONS[{variation!r}](s); s.main()"]
-    for product in () if folder.exists() else SHARED.get(name, ()):
-        source = folder_of(script, next(iter(ROWS[script])), seed) / product
-        folder.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / product)
+    for product in SHARED.get(name, ()) if script == "light_if" else ():
+        source, new = folder_of(script, "light_if", seed) / product, folder / "copy.new"
+        if not (folder / product).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(new, ignore_errors=True)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, new)
+            new.rename(folder / product)
     if (folder / "config.json").exists():
         command += ["--resume", str(folder)]
     else:
@@ -404,12 +408,13 @@ def tabulate(script, folders):
                   "seconds": [round(s["seconds"]) for s in summaries],
                   "train_cpu_seconds": [s["train_cpu_seconds"] for s in summaries],
                   "sampled_tokens": [sampled_tokens(f) for f in found]}
-        if script in EQUAL_TOKENS:  # what they are at the tokens that the first row has sampled
-            firsts = next(iter(folders.values()))
-            after |= {k: [at(metrics(f), sampled_tokens(first), k)
-                          for f, first in zip(found, firsts)] for k in names}
         ways = [history(script, f) for f in found]
         after |= {k: [way[k] for way in ways] for k in ways[0] if all(k in way for way in ways)}
+        if script in EQUAL_TOKENS:  # what they are at the tokens that the first row has sampled
+            tokens = [sampled_tokens(f) for f in next(iter(folders.values()))]
+            for key, name_of, share in [*((k, k, 1) for k in names),
+                                        ("accuracy at half", "accuracy", 0.5)]:
+                after[key] = [at(metrics(f), share * n, name_of) for f, n in zip(found, tokens)]
         if variation_of(name) in ("better start", "rubber stamp"):  # they start elsewhere
             after |= {f"{k} before": [x["before"][k] for x in summaries]
                       for k in names if k in summaries[0]["before"]}

@@ -6,7 +6,7 @@
     python benchmarks/speed.py --rounds 1           # a quick check of all parts; nothing is written
 
 PARTS, each into results/speed.json with the commit it was measured at
-    sampling  common.sample against model.generate and, once, generate_batch of transformers
+    sampling  common.sample against model.generate
     grpo      a GRPO step (sample, reward, log-probs, backward, AdamW) against TRL's GRPOTrainer
     dpo       a DPO step against TRL's DPOTrainer, with and without the reference pass
     memory    peak of log-probs, forward and backward, at a vocabulary of 151,936
@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -165,7 +166,7 @@ def sampling(args):
         lengths = [round(short + i * (long - short) / 7) for i in range(8)]
         title = f"sampling, {size}, vocabulary {vocab:,}, prompts of {short}-{long}"
         result[title] = sampling_cell(title, policy, tok, [random_ids(n, vocab) for n in lengths],
-                                      args.rounds or rounds, with_batch=len(result) == 0)
+                                      args.rounds or rounds)
     for n in (8, 32):
         _, policy, tok, stream = load("tiny", "grpo", n, args)
         title = f"sampling, tiny, its problems, {n} prompts"
@@ -182,7 +183,7 @@ def plain_sampling(policy, tok, group, most, **more):
         eos_token_id=common.stop_ids(policy, tok), **more)
 
 
-def sampling_cell(title, policy, tok, prompts, rounds, group=8, with_batch=False):
+def sampling_cell(title, policy, tok, prompts, rounds, group=8):
     """generate gets left-padded prompts, and returns ids; sample also returns texts,
     log-probabilities and entropies."""
     inputs = tok.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
@@ -197,14 +198,7 @@ def sampling_cell(title, policy, tok, prompts, rounds, group=8, with_batch=False
         ended = torch.isin(found[:, inputs["input_ids"].shape[1]:], stop)
         return int((ended.cumsum(1) - ended.long() == 0).sum())  # no EOS before it
 
-    def generate_batch():
-        found = policy.generate_batch(inputs=prompts, generation_config=plain)
-        return sum(len(x.generated_tokens) for x in found.values())
-
-    rounds = turns({"ours": ours, "generate": generate}, rounds)
-    if with_batch:  # once: it builds its paged cache anew in each call
-        rounds = {"generate_batch": [timed(generate_batch)], **rounds}
-    return compare(title, rounds)
+    return compare(title, turns({"ours": ours, "generate": generate}, rounds))
 
 
 # ------------------------------------------------------------------------------------ GRPO steps
@@ -213,11 +207,10 @@ def sampling_cell(title, policy, tok, prompts, rounds, group=8, with_batch=False
 def trl_flags(cfg, folder):
     """What both trainers of TRL need to do what `cfg` says, and nothing else. With bf16 they keep
     float32 weights, too, and run every forward pass, generate's included, under autocast."""
-    return dict(output_dir=folder, use_cpu=True, bf16=cfg.dtype == "bfloat16",
-                gradient_checkpointing=False,
-                model_init_kwargs={"dtype": "float32"}, num_train_epochs=1, learning_rate=cfg.lr,
-                max_grad_norm=common.MAX_GRAD_NORM, report_to="none", logging_strategy="no",
-                save_strategy="no", disable_tqdm=True)
+    return dict(output_dir=folder, use_cpu=True, bf16=cfg.dtype == "bfloat16", num_train_epochs=1,
+                model_init_kwargs={"dtype": "float32"}, gradient_checkpointing=False,
+                learning_rate=cfg.lr, max_grad_norm=common.MAX_GRAD_NORM, report_to="none",
+                logging_strategy="no", save_strategy="no", disable_tqdm=True)
 
 
 def trl_trainer(method, cfg, policy, tok, rows, reward):
@@ -236,6 +229,7 @@ def trl_trainer(method, cfg, policy, tok, rows, reward):
                 beta=cfg.kl_beta, use_bias_correction_kl=False,  # its default is not k3 alone
                 epsilon=cfg.clip_low, epsilon_high=cfg.clip_high, **TRL[method]))
     trainer.remove_callback(PrinterCallback)
+    assert (trainer.accelerator.mixed_precision == "bf16") == (cfg.dtype == "bfloat16")
     return trainer
 
 
@@ -338,57 +332,46 @@ def dpo_steps(policy, tok, data, cfg, precomputed):
     from trl import DPOConfig, DPOTrainer
 
     opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
-    done, now = {"ours": [], "trl": []}, {}
-    fetched = []  # batches, of which accelerate is always one ahead
-    names, space = ("prompt", "chosen", "rejected"), "" if tok.chat_template else " "
-    rows = [dict(zip(names, (tok.decode(x) + space for x in row))) for row in data]
-    compute = common.batch_logps
+    done, space = {"ours": [], "trl": []}, "" if tok.chat_template else " "
+    rows = [{name: tok.decode(x) + space for name, x in zip(("prompt", "chosen", "rejected"), row)}
+            for row in data]
+    samples = [[common.Sample(p, [*y, tok.eos_token_id], "", True) for y in both]
+               for p, *both in data]
+    pairs = [[temporal_sr.Candidate(s, "data") for s in both] for both in samples]
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.process_time()
+
+        def on_step_end(self, _, state, *__, **___):
+            spent, part = time.process_time() - self.start, slice(
+                (state.global_step - 1) * cfg.batch, state.global_step * cfg.batch)
+            both = sum(samples[part], [])
+            tokens = sum(len(s.tokens) for s in both)
+            ref = common.batch_logps(policy, both, cfg, 1.0)
+
+            def step():
+                temporal_sr.dpo(policy, [pairs[part]], cfg, "bench")
+                return tokens
+
+            with (patch.object(torch.optim, "AdamW", return_value=opt),  # the one of all steps
+                  patch.object(temporal_sr, "batch_logps", lambda *_: ref) if precomputed
+                  else nullcontext()):
+                done["ours"].append(timed(step))
+            done["trl"].append((spent, tokens))
+
     with tempfile.TemporaryDirectory() as folder:
         policy.save_pretrained(folder)
         trainer = DPOTrainer(
             model=folder, processing_class=tok, train_dataset=Dataset.from_list(rows),
             args=DPOConfig(
                 **trl_flags(cfg, folder), per_device_train_batch_size=cfg.batch, beta=cfg.beta,
-                precompute_ref_log_probs=precomputed))
+                precompute_ref_log_probs=precomputed, train_sampling_strategy="sequential"))
         trainer.remove_callback(PrinterCallback)
-        collate, number = trainer.data_collator, {tuple(x[0] + x[1]): x for x in data}
-
-        def remember(features):
-            fetched.append([number[tuple((f["prompt_ids"] + f["chosen_ids"])[:-1])]
-                            for f in features])
-            return collate(features)
-
-        trainer.data_collator = remember
-
-        class Turns(TrainerCallback):
-            def on_train_begin(self, *_, **__):
-                fetched.clear()  # what the reference was computed of
-
-            def on_step_begin(self, *_, **__):
-                now["start"], now["batch"] = time.process_time(), fetched.pop(0)
-
-            def on_step_end(self, *_, **__):
-                spent = time.process_time() - now["start"]
-                batch = [[temporal_sr.Candidate(common.Sample(p, [*y, tok.eos_token_id], "", True),
-                                                "data") for y in (w, x)]
-                         for p, w, x in now["batch"]]
-                samples = [c.sample for pair in batch for c in pair]
-                tokens = sum(len(s.tokens) for s in samples)
-                if precomputed:
-                    ref = compute(policy, samples, cfg, 1.0)
-                    temporal_sr.batch_logps = lambda *_: ref
-
-                def step():
-                    with patch.object(torch.optim, "AdamW", return_value=opt):  # of all steps
-                        temporal_sr.dpo(policy, [batch], cfg, "bench")
-                    return tokens
-
-                done["trl"].append((spent, tokens))
-                done["ours"].append(timed(step))
-
         trainer.add_callback(Turns())
+        ids = [(x["prompt_ids"], x["chosen_ids"], x["rejected_ids"]) for x in trainer.train_dataset]
+        assert ids == [(p, [*w, tok.eos_token_id], [*x, tok.eos_token_id]) for p, w, x in data]
         trainer.train()
-    temporal_sr.batch_logps = compute
     return done
 
 
@@ -530,7 +513,7 @@ def dtype(args):
     batch = draw("bfloat16")
     tokens = sum(len(s.tokens) for s in batch)
     return {title: compare(title, turns(
-        {name: partial(f, name) for name in ("bfloat16", "float32")}, args.rounds or 3))
+        {name: partial(f, name) for name in ("bfloat16", "float32")}, args.rounds or 2))
         for title, f in (("sampling, 100M", count), ("training step, 100M", train))}
 
 

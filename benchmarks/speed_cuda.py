@@ -4,8 +4,8 @@
     python benchmarks/speed_cuda.py decode        # tokens per second: ours, generate, the bound
     python benchmarks/speed_cuda.py memory        # peak memory of one step of each script
 
-Wall time. The bound is that of the memory: the weights and half of the final KV cache read once per
-token, at the bandwidth that a copy reaches here.
+Wall time, bfloat16. The bound is that of the memory: the weights and half of the final KV cache
+read once per token, at the bandwidth that a copy reaches here.
 """
 
 import json
@@ -17,12 +17,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from speed import ROOT, about, common, plain_sampling, qwen2
 from transformers import AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from speed import ROOT, about, plain_sampling, qwen2
-
-import common
 
 SHAPES = {  # width, layers, attention heads, key/value heads, width of the MLP, tied embeddings
     "0.5B": (896, 24, 14, 2, 4864, True), "1.5B": (1536, 28, 12, 2, 8960, True),
@@ -35,12 +31,13 @@ SCRIPTS = {  # one step of each; spin: random weights judge nothing
     "carft": ["--max_new_tokens", "1024", "--sft_epochs", "1"],
     "temporal_sr": [*LONG, "--method", "spin", "--sft_steps", "0", "--batch", "2"],
     "light_if": [*LONG, "--method", "grpo", "--pool", "64", "--updates", "1"]}
+TESTS = {"light_if": "ifeval"}
 
 
 def random_model(size, device):
-    """-> a model with random weights, bfloat16 on a GPU, and the tiny model's tokenizer."""
+    """-> a model with random weights in bfloat16, and the tiny model's tokenizer."""
     *shape, tied = SHAPES[size]
-    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = qwen2(shape, VOCAB, tied)
     torch.set_default_dtype(torch.float32)
@@ -49,98 +46,69 @@ def random_model(size, device):
     return model, tok
 
 
-def seconds(f, device):
-    if device != "cpu":
-        torch.cuda.synchronize()
+def seconds(f, *args, **more):
+    torch.cuda.synchronize()
     start = time.perf_counter()
-    f()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    f(*args, **more)
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def copy_bandwidth(device):
-    """Bytes per second, read and written."""
-    a = torch.empty(2**28 if device == "cpu" else 2**32, dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    return 2 * len(a) / median(seconds(lambda: b.copy_(a), device) for _ in range(10))
-
-
 def decode(device="cuda"):
-    bandwidth = copy_bandwidth(device)
-    print(f"copy: {bandwidth / 1e9:,.0f} GB/s")
+    """Groups of 8, prompts of 128 tokens, 256 new ones, no EOS. -> tokens per second"""
+    a, b = torch.empty(2, 2**30, dtype=torch.uint8, device=device)
+    bandwidth = 2 * len(a) / median(seconds(a.copy_, b) for _ in range(10))
     result = {"bytes_per_s_of_a_copy": bandwidth}
-    for size in SHAPES:
+    for size, (width, layers, heads, kv_heads, _, tied) in SHAPES.items():
         policy, tok = random_model(size, device)
         policy.generation_config.suppress_tokens = [tok.eos_token_id]
+        weights = sum(p.nbytes for p in policy.parameters())
+        if not tied:  # only single rows of these are read
+            weights -= policy.get_input_embeddings().weight.nbytes
         for batch in BATCHES:
-            result[f"{size}, batch {batch}"] = speed = decode_cell(policy, tok, batch, bandwidth)
-            print(f"{size}, batch {batch}: " + ", ".join(
-                f"{side} {x:,.0f}" for side, x in speed.items()) + " tokens/s; ours is "
-                f"{speed['ours'] / speed['generate']:.1f} times generate, "
-                f"{speed['ours'] / speed['bound']:.0%} of the bound", flush=True)
+            prompts = torch.randint(0, len(tok), (batch // 8, PROMPT), device=device)
+            plain = plain_sampling(policy, tok, 8, NEW, min_new_tokens=NEW)
+            spent = [(seconds(common.sample, policy, tok, prompts.tolist(), 8, NEW, 1.0),
+                      seconds(policy.generate, prompts, generation_config=plain,
+                              attention_mask=torch.ones_like(prompts)))
+                     for _ in range(1 + ROUNDS)]
+            ours, generate = (batch * NEW / median(x[1:]) for x in zip(*spent))
+            cache = batch * (PROMPT + NEW / 2) * 4 * layers * kv_heads * width // heads
+            found = {"ours": ours, "generate": generate,
+                     "bound": batch * bandwidth / (weights + cache)}
+            print(f"{size}, batch {batch}, tokens/s:", found, flush=True)
+            result[f"{size}, batch {batch}"] = found
         del policy
     return result
 
 
-def decode_cell(policy, tok, batch, bandwidth):
-    """Groups of 8, prompts of 128 tokens, 256 new ones, no EOS. -> tokens per second"""
-    device = policy.device.type
-    prompts = torch.randint(0, len(tok), (batch // 8, PROMPT)).tolist()
-    plain = plain_sampling(policy, tok, 8, NEW, min_new_tokens=NEW)
-
-    def ours(graphed):
-        before, common.GRAPHED = common.GRAPHED, graphed
-        common.sample(policy, tok, prompts, 8, NEW, 1.0)
-        common.GRAPHED = before
-
-    def generate():
-        ids = torch.tensor(prompts, device=device)
-        policy.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
-
-    sides = {"ours": lambda: ours((device,)), "ours, without graphs": lambda: ours(()),
-             "generate": generate}
-    spent = [[seconds(f, device) for f in sides.values()] for _ in range(1 + ROUNDS)]
-    weights = sum(p.nbytes for p in policy.parameters())
-    if not policy.config.tie_word_embeddings:  # only single rows of these are read
-        weights -= policy.get_input_embeddings().weight.nbytes
-    read = weights + batch * (PROMPT + NEW / 2) * common.kv_bytes(policy)
-    return {side: batch * NEW / median(x[1:]) for side, x in zip(sides, zip(*spent))} | {
-        "bound": batch * bandwidth / read}
-
-
-def memory(device="cuda", cells=(("1.5B", []), ("7B", ["--lora"]))):
+def memory(device="cuda", cells=(("1.5B", []), ("1.5B", ["--lora"]), ("7B", ["--lora"]))):
     """Of one step of each script as a user runs it: sampling, loss, update, evaluation."""
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        rows, _ = common.tiny_rows(common.Config(), "train", "--dataset")
+        rows = common.read_rows(common.Config(), "tiny", "train", "--dataset")
         rows = [{**row, "prompt": row["question"], "response": row["solution"],
                  "instruction": row["question"]} for row in rows[:66]]
         ifeval = [{"prompt": f"{r['question']} Do not use any commas.", "kwargs": [{}],
                    "instruction_id_list": ["punctuation:no_comma"]} for r in rows[64:]]
         for name, part in (("train", rows[:64]), ("test", rows[64:]), ("ifeval", ifeval)):
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+            common.write_rows(folder / f"{name}.jsonl", part)
+        for size in dict(cells):
+            common.save_model(folder / size, *random_model(size, device))
+        torch.cuda.empty_cache()  # the steps below run in processes of their own
         for size, flags in cells:
-            model, tok = random_model(size, device)
-            model.save_pretrained(folder / size)
-            tok.save_pretrained(folder / size)
-            del model
-            if device != "cpu":
-                torch.cuda.empty_cache()  # the steps below run in processes of their own
             for script, more in SCRIPTS.items():
-                held_out = "ifeval" if script == "light_if" else "test"
-                out = folder / "-".join([script, size, *flags])
+                name, test = " ".join([script, size, *flags]), TESTS.get(script, "test")
                 done = subprocess.run(
                     [sys.executable, ROOT / f"{script}.py", "--model", folder / size, "--dataset",
-                     folder / "train.jsonl", "--eval_dataset", folder / f"{held_out}.jsonl",
-                     "--device", device, "--out", out, *STEP, *more, *flags],
+                     folder / "train.jsonl", "--eval_dataset", folder / f"{test}.jsonl", "--device",
+                     device, "--out", folder / name, *STEP, *more, *flags],
                     capture_output=True, text=True)
-                name = " ".join([script, size, *flags])
                 if done.returncode:
                     result[name] = {"error": done.stderr.strip().splitlines()[-1]}
                 else:
-                    summary = json.loads((out / "summary.json").read_text())
+                    summary = json.loads((folder / name / "summary.json").read_text())
                     result[name] = {k: summary.get(k) for k in ("peak_gpu_gb", "seconds")}
                 print(name, result[name], flush=True)
     return result
@@ -148,15 +116,14 @@ def memory(device="cuda", cells=(("1.5B", []), ("7B", ["--lora"]))):
 
 def main():
     parts = {f.__name__: f for f in (decode, memory)}
-    chosen = sys.argv[1:] or list(parts)
-    if unknown := set(chosen) - set(parts):
+    if unknown := set(sys.argv[1:]) - set(parts):
         common.fail(f"{', '.join(sorted(unknown))}: no such part; give decode or memory")
     if not torch.cuda.is_available():
         common.fail("speed_cuda.py: this machine has no CUDA GPU")
     path = ROOT / "benchmarks/results/speed_cuda.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     info = {**about(), "gpu": torch.cuda.get_device_name()}
-    for part in chosen:
+    for part in sys.argv[1:] or parts:
         result[part] = {"about": info, "found": parts[part]()}
         path.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -49,6 +49,7 @@ def worlds(tmp_path_factory):
         rows = path.read_text().splitlines(keepends=True)
         path.write_text("".join(rows[:ROWS.get(path.stem, OTHER_ROWS)]))
     common.TINY_FOLDER = folder
+    os.environ["HF_DATASETS_CACHE"] = str(folder.parent / "datasets")  # before that is imported
     return folder
 
 

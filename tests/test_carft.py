@@ -130,14 +130,6 @@ def test_stage_1_decays_its_rate_shuffles_and_sft_goes_on_from_there(tmp_path, m
         assert r["sft/loss"] == loss and not {"reward/mean", "sample/tokens"} & set(r)
 
 
-def test_the_critic_starts_alone(tmp_path, tiny):
-    run(tmp_path / "r", "--head_only_steps", 2)
-    assert torch.equal(weights(tmp_path / "r" / "model"), flat(tiny[0]))
-    assert checkpoint(tmp_path / "r")["1.value.weight"].abs().max() > 0, "it starts at zero"
-    run(tmp_path / "d", "--head_only_steps", 2, *DRGRPO)
-    assert not torch.equal(weights(tmp_path / "d" / "model"), flat(tiny[0]))
-
-
 # -------------------------------------------------------------------------------- stage 2: the loop
 
 
@@ -200,22 +192,11 @@ def test_the_gradient_is_that_of_the_whole_loss(tmp_path, argv, size, monkeypatc
     assert not values or max((V - old).abs().max() for (V, old, *_), _ in values) > .2, "as is V's"
 
 
-def test_the_ratio_is_exactly_one_at_first(tmp_path, monkeypatch):
-    calls = spy(monkeypatch, carft, "policy_loss")
-    rows = run(tmp_path / "r", "--head_only_steps", 0, "--lr", 1e-3, steps=1)
-    ((logp, old, A, mask, weight), (loss, _)), (second, (last, _)) = calls
-    assert torch.equal(logp, old) and logp.requires_grad and not old.requires_grad
-    assert loss.item() == pytest.approx(-((A * mask).sum(1) / mask.sum(1)).mean().item(), abs=1e-6)
-    assert torch.allclose(second[1], old, atol=1e-5), "the same old policy in both epochs"
-    assert (second[0] - second[1]).abs().max() > 1e-3
-    assert torch.equal(second[2], A) and torch.equal(weight, 1 / (8 * mask.sum(1)))
-    assert rows[1]["policy/loss"] == pytest.approx((loss + last).item() / 2)
-
-
 def test_rewards_values_and_references(tmp_path, monkeypatch):
-    """All are of the policy that sampled, and the reference is the SFT policy."""
+    """All are of the policy that sampled, and the reference is the SFT policy. In the first two
+    steps the heads learn alone."""
     samples, targets = spy(monkeypatch, carft, "sample"), spy(monkeypatch, carft, "ppo_advantages")
-    values = spy(monkeypatch, carft, "value_loss")
+    values, losses = spy(monkeypatch, carft, "value_loss"), spy(monkeypatch, carft, "policy_loss")
     rows = run(tmp_path / "r", "--vf_coef", 1, "--lr", 1e-3, "--head_only_steps", 2,
                "--sft_epochs", 1, "--micro_tokens", 10**6, steps=4)
     sft = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "sft")
@@ -232,6 +213,9 @@ def test_rewards_values_and_references(tmp_path, monkeypatch):
         (first, old, *_), (second, same, *_) = (a for a, _ in values[2 * step - 2:2 * step])
         assert first.requires_grad and torch.allclose(first, old, atol=1e-5)
         assert torch.equal(old, same) and not torch.allclose(second, old, atol=1e-5)
+        first, second = losses[2 * step - 2:2 * step]
+        assert torch.equal(*first[0][:2]), "the ratio is exactly 1 at first"
+        assert rows[step]["policy/loss"] == pytest.approx((first[1][0] + second[1][0]).item() / 2)
 
 
 def test_every_row_meets_its_own_problem_and_annotation(tmp_path, monkeypatch):

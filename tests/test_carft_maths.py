@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import carft
 from carft import (
     Heads, answer_of, common_subsequence, contrastive_gradient, contrastive_loss, correct,
     cosine_parts, cosines, critic_statistics, gae, group_advantages, kl_shaped_rewards,
@@ -44,23 +43,6 @@ def test_pooling_by_hand():
     assert close(v.grad[0], 0, 0, -.072217, .368470, -.296253, 0)
     assert close(e.grad[0, :, 0], 0, 0, .255194, .513897, .230909, 0)
     assert close(e.grad[0, :, 1], 0, 0, .255194, .513897, .230909, 0)
-
-
-def test_pooling_weights():
-    torch.manual_seed(0)
-    v, scope = torch.randn(3, 7), torch.rand(3, 2, 7) < .6
-    scope[:, :, 0] = True
-    weights = pool(v, torch.eye(7).expand(3, 7, 7), scope)  # one-hot embeddings give the weights
-    assert torch.allclose(weights.sum(-1), torch.ones(3, 2))
-    assert (weights[~scope] == 0).all() and (weights[scope] > 0).all()
-    e = torch.randn(3, 7, 64)
-    assert torch.allclose(pool(v, e, scope), pool(v + 3, e, scope), atol=1e-5)
-    mean = (e[:, None] * scope[..., None]).sum(2) / scope.sum(2, keepdim=True)
-    assert torch.allclose(pool(torch.full((3, 7), .3), e, scope), mean, atol=1e-5)
-    v = v.requires_grad_()
-    pool(v, e, scope)[:, 0].sum().backward()
-    used = scope[:, 0] & (scope[:, 0].sum(1, keepdim=True) > 1)
-    assert (v.grad[used] != 0).all() and (v.grad[~scope[:, 0]] == 0).all()
 
 
 def test_an_empty_token_set_is_a_zero_vector_and_takes_no_part():
@@ -136,20 +118,14 @@ def test_positive_loss_by_hand():
 
 
 def test_positive_loss_properties():
-    one = rows((1, 2))
-    yes = torch.ones(1, dtype=torch.bool)
+    one, yes = rows((1, 2)), torch.ones(1).bool()
     assert positive_loss(one, one, yes).item() == approx((1 - .9) / .2)
     torch.manual_seed(0)
-    z_ann, z = torch.randn(2, 8, 64)
-    right = torch.rand(8) < .6
+    z_ann, z, right = torch.randn(8, 64), torch.randn(8, 64), torch.rand(8) < .6
     loss, grad = gradient(lambda z: positive_loss(z_ann, z, right), z)
-    assert loss > 0
     assert (grad[~right] != 0).any(1).all(), "wrong CoT are negatives with gradient"
     assert torch.allclose((grad * z).sum(1), torch.zeros(8), atol=1e-6), "gradient _|_ z"
-    assert positive_loss(z_ann, 3 * z, right).item() == approx(loss), "scale of z"
-    assert positive_loss(5 * z_ann, z, right).item() == approx(loss)
-    order = torch.randperm(8)
-    assert positive_loss(z_ann[order], z[order], right[order]).item() == approx(loss)
+    assert positive_loss(5 * z_ann, 3 * z, right).item() == approx(loss), "no scale"
     z_ann = z_ann.requires_grad_()
     positive_loss(z_ann, z.requires_grad_(), right).backward()
     assert z_ann.grad is None, "no gradient into the annotated vectors"
@@ -165,16 +141,10 @@ def test_negative_loss_gradients():
     torch.manual_seed(0)
     a, c, d = (torch.randn(6, 8).requires_grad_() for _ in range(3))
     anchor, every = torch.tensor([1, 0, 1, 1, 0, 1]).bool(), torch.ones(6, 3).bool()
-    before = negative_loss(a, c, d, anchor, every)
-    before.backward()
+    negative_loss(a, c, d, anchor, every).backward()
     assert a.grad is None, "no gradient into the annotated vectors"
     assert (c.grad != 0).any(1).all() and (d.grad != 0).any(1).all()
     assert torch.allclose((c.grad * c).sum(1), torch.zeros(6), atol=1e-5), "gradient _|_ z"
-    with torch.no_grad():  # a step down the gradient pulls z_c to z_a, and pushes z_c off z_d
-        c2, d2 = c - .01 * c.grad, d - .01 * d.grad
-        assert negative_loss(a, c2, d, anchor, every) < before
-        assert negative_loss(a, c, d2, anchor, every) < before
-        assert (cosines(a, c2) - cosines(a, c)).diag()[anchor].mean() > 0
 
 
 def test_negative_loss_formula():
@@ -313,23 +283,13 @@ def test_the_released_negative_loss_is_the_sum_of_all_rows_without_gradient_into
     assert (d.grad != 0).any(1).all()
 
 
-def test_of_one_row_the_released_losses_are_ours():
-    yes = torch.tensor([True])
-    for i in range(3):
-        a, z = Z_ANN[i:i + 1], Z[i:i + 1]
-        assert released_positive(a, z, yes).item() == approx(positive_loss(a, z, yes).item())
-    first = Z_A[:1], Z_C[:1], Z_D[:1], yes
-    assert released_negative(*first).item() == approx(negative_loss(*first, ALL[:1]).item())
-
-
 def test_the_released_common_tokens_are_also_those_of_the_prompt():
     annotated, sampled = made("2 + 3 = 5 </s>"), made("2 * 3 = 6 </s>")
-    cfg = SimpleNamespace(signal="negative")
-    (_, shared, own), (_, extra) = token_sets(sampled, annotated, cfg)
+    (_, shared, own), (_, extra) = token_sets(sampled, annotated, SimpleNamespace(signal="both"))
     in_ann, in_cot = common_subsequence(*([*s.prompt, *s.tokens] for s in (annotated, sampled)))
     assert shared == [8, 10, 11, 13] and in_cot == [*range(8), *shared]
-    assert own == [t for t in carft.columns(sampled) if t not in in_cot] == [9, 12]
-    assert extra == [t for t in carft.columns(annotated) if t not in in_ann] == [9, 12]
+    assert own == [9, 12] and {9, 12}.isdisjoint(in_cot)
+    assert extra == [9, 12] and {9, 12}.isdisjoint(in_ann)
 
 
 # ----------------------------------------------------------------------------------------- PPO
@@ -389,13 +349,10 @@ def test_gae_against_the_sum(gamma, lam):
 
 def test_whitening_is_of_all_tokens_of_the_batch():
     torch.manual_seed(0)
-    mask = (torch.rand(5, 9) < .6).float()
-    A = 3 + 2 * torch.randn(5, 9)
+    mask, A = (torch.rand(5, 9) < .6).float(), 3 + 2 * torch.randn(5, 9)
     white = whiten(A, mask)
-    tokens = white[mask > 0]
-    assert tokens.mean().item() == approx(0) and tokens.var().item() == approx(1)
-    assert (white[mask == 0] == 0).all()
-    assert torch.equal(white, whiten(A * mask, mask))
+    assert white[mask > 0].mean().item() == approx(0) and white[mask > 0].var().item() == approx(1)
+    assert (white[mask == 0] == 0).all() and torch.equal(white, whiten(A * mask, mask))
     assert (whiten(rows([0, 3]), rows([0, 1])) == 0).all(), "a lone token"
 
 
@@ -474,7 +431,7 @@ def test_answer(text, found):
     assert answer_of(text, problem) == found and correct(text, problem) == found[0]
 
 
-def test_an_answer_that_is_no_number():
+def test_answers_that_are_no_numbers():
     assert answer_of("#### \\frac{\\pi}{2}", Problem("?", "\\pi/2")) == (True, False)
     assert answer_of("#### x+1", Problem("?", "x+2")) == (False, False)
 

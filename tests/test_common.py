@@ -134,9 +134,11 @@ def test_log_probs_entropies_and_gradients_are_those_of_full_logits(tiny, monkey
     model.generation_config.suppress_tokens = [tok.convert_tokens_to_ids("7")]
     V, saved = model.config.vocab_size, []
     monkeypatch.setattr(common, "HEAD_FLOATS", positions * V)
+    torch.manual_seed(0)
     samples = common.sample(model, tok, prompts(tok, 3), 2, 20, 1.5)
     ids, mask = common.collate(samples, "cpu")
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: saved.append(x.shape) or x, lambda x: x):
         found = common.response_logps(model, ids, mask, 0.7, with_entropy=True)
     assert saved and not [s for s in saved if s[-1:] == (V,)], "(n, L, V) never exists"
     for x in found:
@@ -149,7 +151,7 @@ def test_log_probs_entropies_and_gradients_are_those_of_full_logits(tiny, monkey
         (a * logp + b * entropy).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for _, p in common.trained(model)]))
     for x, y in zip((*found, grads[0]), (*full, grads[1])):
-        assert torch.allclose(x, y, atol=1e-5 * max(1, y.abs().max().item()))
+        assert torch.allclose(x, y, atol=1e-4 * max(.1, y.abs().max().item()))
     assert (model.get_output_embeddings().weight.grad is None) != head_learns
     assert not common.response_logps(model, ids, mask, 0.7)[1].any(), "nobody asked for it"
 
@@ -172,20 +174,20 @@ def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(monkeypatch):
 def test_sampler_and_trainer_log_probs_agree(tiny):
     model, tok = tiny
     torch.manual_seed(0)
-    samples = common.sample(model, tok, prompts(tok, 4), 3, 30, 0.9)
+    samples = common.sample(model, tok, prompts(tok, 4), 6, 30, 1.6)
     assert len({len(s.prompt) for s in samples}) > 1, "left padding is not exercised"
     samples += common.as_samples(tok, [samples[0].prompt], ["7"])  # no policy sampled this one
     ids, mask = common.collate(samples, "cpu")
-    logp, entropy = common.response_logps(model, ids, mask, 0.9, with_entropy=True)
+    logp, entropy = common.response_logps(model, ids, mask, 1.6, with_entropy=True)
     for r, s in enumerate(samples[:-1]):
         assert logp[r, mask[r] > 0].tolist() == pytest.approx(s.logps, abs=2e-5)
         assert entropy[r].sum().item() == pytest.approx(s.entropy, abs=1e-3)
     for n in (1, 150, 10**6):
-        cfg = SimpleNamespace(device="cpu", temperature=0.9, micro_tokens=n)
+        cfg = SimpleNamespace(device="cpu", temperature=1.6, micro_tokens=n)
         assert torch.allclose(common.batch_logps(model, samples, cfg), logp, atol=2e-5)
     diff = common.mismatch(logp, mask, samples)
     assert len(diff) == sum(len(s.logps) for s in samples) and diff.max() < 2e-5
-    assert common.mismatch(logp + 1, mask, samples).tolist() == pytest.approx([1] * len(diff), 1e-4)
+    assert common.mismatch(logp - 1, mask, samples).tolist() == pytest.approx([1] * len(diff), 1e-4)
 
 
 @pytest.mark.parametrize("together, only", [
@@ -233,7 +235,6 @@ def test_greedy_equals_generate(tiny):
     for s, row in zip(ours, out.tolist()):
         assert row[:len(s.tokens)] == s.tokens
         assert s.finished == (s.tokens[-1] == tok.eos_token_id)
-        assert set(row[len(s.tokens):]) <= {tok.pad_token_id}
 
 
 def test_samples_follow_the_softmax_at_the_temperature():
@@ -256,23 +257,6 @@ def test_draw_never_takes_an_impossible_token(uniform, token, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **k: torch.full(shape, uniform))
     logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]])
     assert common.draw(logits, 1.0)[0].item() == token
-
-
-def test_a_sliding_window_is_decoded_by_transformers_rules():
-    torch.manual_seed(0)
-    model = transformers.MistralForCausalLM(transformers.MistralConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=64, sliding_window=6)).eval()
-    for p in model.parameters():
-        p.data *= 4
-    model.generation_config.eos_token_id = None
-    tok = SimpleNamespace(eos_token_id=49, pad_token_id=0,
-                          batch_decode=lambda rows, **_: [""] * len(rows))
-    found = common.sample(model, tok, [(5, 6, 7), (8, 9)], 1, 20, 0)
-    assert len({t for s in found for t in s.tokens}) > 5
-    for s in found:
-        logits = model(torch.tensor([[*s.prompt, *s.tokens]])).logits[0]
-        assert logits[len(s.prompt) - 1:-1].argmax(-1).tolist() == s.tokens
 
 
 def test_groups_stay_in_prompt_order_whatever_the_chunks(tiny, monkeypatch):
@@ -347,31 +331,20 @@ def test_bare_names(name, hub_id, monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: --model {name}: asked for {hub_id}\n"
 
 
-def test_lora_reference_is_the_untrained_model(llama_folder):
-    model, tok = common.load_model(llama_folder(), CPU, lora=True)
-    names = [n for n, _ in common.trained(model)]
-    assert names and all("lora" in n for n in names)
-    assert common.causal_lm(model).is_activation_checkpointing and model.training
-    samples = common.as_samples(tok, [(5, 6)], ["####"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_reference_is_the_untrained_model(llama_folder, lora):
+    model, tok = common.load_model(llama_folder(), CPU, lora)
+    reference, samples = common.frozen_reference(model), common.as_samples(tok, [(5, 6)], ["####"])
     before = common.batch_logps(model, samples, CPU)
     opt = torch.optim.AdamW([p for _, p in common.trained(model)])
-    for step in (1, 2):  # B starts at zero, so A moves from the second step on
+    for step in (1, 2):  # B of LoRA starts at zero, so A moves from the second step on
         common.sft_step(model, samples, opt, CPU, step, [1e-2])
-    after = common.batch_logps(model, samples, CPU)
-    reference = common.reference_logps(model, common.frozen_reference(model), samples, CPU)
-    assert torch.allclose(reference, before, atol=1e-6)
-    assert (after - before).abs().max() > 1e-3
-    assert len(common.sample(model, tok, [(5, 6)], 2, 4, 1.0)) == 2 and model.training
-
-
-def test_frozen_reference_does_not_follow_the_policy(policy):
-    reference, samples = common.frozen_reference(policy), [Sample((5, 6), [7, 8], "", True)]
-    before = common.reference_logps(policy, reference, samples, CPU)
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.add_(.1)
-    assert torch.equal(common.reference_logps(policy, reference, samples, CPU), before)
-    assert not torch.allclose(common.batch_logps(policy, samples, CPU), before)
+    assert (common.batch_logps(model, samples, CPU) - before).abs().max() > 1e-3
+    assert torch.allclose(common.reference_logps(model, reference, samples, CPU), before, atol=1e-6)
+    assert all("lora" in name for name, _ in common.trained(model)) == lora == model.training
+    if lora:
+        assert common.causal_lm(model).is_activation_checkpointing
+        assert len(common.sample(model, tok, [(5, 6)], 2, 4, 1.0)) == 2 and model.training
 
 
 # ------------------------------------------------------------------------- memory and precision
@@ -430,16 +403,21 @@ def test_float32_weights_take_steps_that_bfloat16_has_not(bfloat16):
 
 def test_sampler_and_trainer_agree_to_bfloat16_rounding(bfloat16, tiny, tmp_path):
     model, tok, cfg = bfloat16
+    seen = set()
+    hook = model.lm_head.register_forward_hook(lambda head, x, logits: seen.add(logits.dtype))
     torch.manual_seed(0)
-    samples = common.sample(model, tok, prompts(tok, 16), 4, 30, 1.0)
+    samples = common.sample(model, tok, prompts(tok, 16), 4, 30, 1.5)
     ids, mask = common.collate(samples, "cpu")
-    for lm, least in ((model, 0), (tiny[0], 1e-4), (common.frozen_reference(model), 0)):
-        logp, _ = common.response_logps(lm, ids, mask, 1.0)
-        diff = common.mismatch(logp, mask, samples)
-        assert logp.dtype == torch.float32 and least < diff.mean() < .02
+    diff = {}
+    for lm in (model, common.frozen_reference(model), tiny[0]):
+        logp, _ = common.response_logps(lm, ids, mask, 1.5)
+        diff[lm] = common.mismatch(logp, mask, samples).mean()
+        assert logp.dtype == torch.float32 and 1e-5 < diff[lm] < .01
+    hook.remove()
+    assert diff[model] < diff[tiny[0]] and seen == {torch.bfloat16}
     flags = "--dtype bfloat16 --steps 1 --prompts 8 --group 4 --max_new_tokens 24 --eval_size 4"
     gcpo.main([*flags.split(), "--kl_beta", ".01", "--out", str(tmp_path)])
-    assert 1e-5 < jsonl(tmp_path / "metrics.jsonl")[-1]["policy/mismatch"] < .02
+    assert 0 < jsonl(tmp_path / "metrics.jsonl")[-1]["policy/mismatch"] < .01
 
 
 def test_sampling_casts_every_weight_once(bfloat16):
@@ -542,7 +520,9 @@ def test_extract_answer(text, answer):
     ("\u22125", "-5", True), ("2x", "2", False), ("3i", "3", False), ("2k", "2", False),
     ("5 m", "5", True), ("$18", "18.0", True), ("9" * 5000, "9", False), ("\\" * 3000, "9", False),
     ("1{,}080", "1080", True), ("1,\\!080", "1080", True), ("\\$1,\\!080", "1{,}080", True),
-    ("1{,}080", "1081", False), ("11111111100", "11,\\! 111,\\! 111,\\! 100", True)])
+    ("1{,}080", "1081", False), ("2516_8", "2516_{8}", True), ("2516_9", "2516_8", False),
+    ("x_2 = {5}", "5", True), ("2516_{9}", "2516_8", False),
+    ("11111111100", "11,\\! 111,\\! 111,\\! 100", True)])
 def test_same_answer(given, truth, equal):
     assert same_answer(given, truth) is equal
 
@@ -559,7 +539,8 @@ def test_votes(answers, weights, winners):
     samples = [Sample((), [1], f"#### {a}" if a else "", True) for a in answers]
     right, k = [i in winners for i in range(len(answers))], len(answers)
     assert common.vote(samples, right, k, weights) == 1
-    assert common.vote(samples * 2, right + [not r for r in right], k, weights and weights * 2) == .5
+    right, weights = right + [not r for r in right], weights and weights * 2
+    assert common.vote(samples * 2, right, k, weights) == .5
 
 
 def test_evaluation_numbers(tiny, monkeypatch):
@@ -653,8 +634,8 @@ def test_instructions_ask_for_the_form_of_the_solutions(llama_folder, tiny_folde
     cfg = common.Config(model=llama_folder(), dataset=dataset, device="cpu", dtype="float32",
                         max_new_tokens=8)
     for model, template, instruction, prompt in (
-            (cfg.model, None, form, f"Q?\n{form}\n"), (cfg.model, "Asked: {{ messages[0].content }}",
-                                                       "", "Asked: Q?"),
+            (cfg.model, None, form, f"Q?\n{form}\n"),
+            (cfg.model, "Asked: {{ messages[0].content }}", "", "Asked: Q?"),
             (tiny_folder, "x", "", "<|user|>Q?<|assistant|>")):  # it was trained with another
         cfg.model = model
         _, tok, train, held_out, found = common.set_up(cfg, template)

@@ -4,7 +4,6 @@ on the judge, real data, refusals."""
 import hashlib
 import json
 import math
-import re
 from types import SimpleNamespace
 
 import make
@@ -222,11 +221,16 @@ def test_roles(tmp_path, argv, monkeypatch, tiny_folder, request):
 
 
 @pytest.mark.parametrize("method", ["tsr", "sr"])
-def test_pairs_are_the_extremes_of_what_was_sampled(tmp_path, method, learned):
-    """Of D_1 and D_2, from the answers in the run folder; and what the metrics say of D_2."""
-    metrics = run(tmp_path / "r", "--method", method)
-    assert len(learned) == (4 if method == "tsr" else 2)
-    for name, pairs, step, _ in learned:
+def test_pairs_are_the_extremes_of_what_was_sampled(tmp_path, method, learned, monkeypatch):
+    """Of D_1 and D_2, from the answers in the run folder; what DPO gets of them, and what the
+    metrics say of D_2."""
+    runs = spy(monkeypatch, temporal_sr, "dpo")
+    metrics = run(tmp_path / "r", "--method", method, "--batch", 3)
+    assert len(learned) == len(runs) == (4 if method == "tsr" else 2)
+    for (name, pairs, step, _), ((_, batches, *_), _) in zip(learned, runs):
+        assert [len(batch) for batch in batches[:-1]] == [3] * (len(batches) - 1)
+        assert {(id(w), id(v)) for b in batches for w, v in b} == {
+            (id(w), id(v)) for _, w, v in pairs}
         rows = [c for path in (tmp_path / "r").glob(f"{step}-*.jsonl") for c in jsonl(path)]
         rows = [c for c in rows if not math.isnan(c["score"])]
         assert rows and all(c["score"] == draw_score(c["judgement"]) for c in rows)
@@ -332,19 +336,6 @@ def test_similarities(policy, tiny):
                                      SimpleNamespace(device="cpu", micro_tokens=30))
     assert found.tolist() == pytest.approx([torch.cosine_similarity(a, b, dim=0).item()
                                             for a, b in zip(pooled[::2], pooled[1::2])], abs=1e-5)
-
-
-def test_dpo_sees_the_pairs_as_they_are(tmp_path, learned, monkeypatch):
-    """Shuffled, in batches, chosen first; the reference is computed once per run."""
-    calls, references = spy(monkeypatch, temporal_sr, "dpo"), spy(monkeypatch, temporal_sr,
-                                                                  "batch_logps")
-    run(tmp_path / "r", "--batch", 3, steps=1)
-    assert len(references) == len(calls) == 2
-    for ((_, batches, *_), _), (_, pairs, *_) in zip(calls, learned):
-        assert [len(b) for b in batches[:-1]] == [3] * (len(batches) - 1)
-        assert sorted(id(pair[0]) for batch in batches for pair in batch) == sorted(
-            id(chosen) for _, chosen, _ in pairs)
-        assert all(w.score > v.score for batch in batches for w, v in batch)
 
 
 def test_a_run_without_pairs_leaves_m_i(policy, tiny):
@@ -471,7 +462,7 @@ def test_a_judgement_that_is_cut_off_is_no_verdict(tiny, monkeypatch):
     """What it quotes last would be taken for it."""
     cfg = temporal_sr.parse(["--max_new_tokens", "6"])
     said = [common.Sample((), [1, 2], text, done) for text, done in (
-        ("Score: 2", True), ("it says Score: 5", False), ("no", True), ("Score: 9", True))]
+        ("Score: 2", True), ("It says:\nScore: 5", False), ("no", True), ("Score: 9", True))]
     monkeypatch.setattr(temporal_sr, "sample", lambda *a: said)
     monkeypatch.setattr(temporal_sr, "parse_score", REAL_PARSE)
     found = temporal_sr.judgements(*tiny, [("q", "a")] * 4, cfg, None)
@@ -484,19 +475,6 @@ def test_a_judge_prompt_beyond_the_context_is_invalid(tiny):
     found = temporal_sr.judgements(*tiny, [("q", "word " * 300), ("q", "a")], cfg, None)
     assert math.isnan(found[0][0]) and found[0][1:] == ("", 0)
     assert found[1][0] == draw_score(found[1][1]) or found[1][2] == 6
-
-
-@pytest.mark.parametrize("template, roles", [
-    (None, []), ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", ["user"])])
-def test_the_judge_prompt_of_real_models(template, roles, llama_folder, monkeypatch):  # noqa: F811
-    tok, seen = AutoTokenizer.from_pretrained(llama_folder()), []
-    tok.chat_template = template
-    monkeypatch.setattr(type(tok), "__call__", lambda self, texts, **k: seen.append(texts) or
-                        SimpleNamespace(input_ids=[[1]] * len(texts)))
-    temporal_sr.judge_prompts(SimpleNamespace(config=SimpleNamespace()), tok, [("What?", "That.")])
-    text, = seen[0]
-    assert text.index("evaluator") < text.index("User: What?\n\n<response>\nThat.\n</response>")
-    assert re.findall(r"\[(\w+)\]", text) == roles and "Score: <total points>" in text
 
 
 def test_a_judge_of_its_own(tmp_path, monkeypatch, tiny):
@@ -676,11 +654,9 @@ def test_hub_data(monkeypatch):
     (["--method", "sr", "--group", 1], "--group 1: best and worst"),
     (["--method", "spin", "--judge", "x/y"], "--judge: --method spin has no judge"),
     (["--judge", "nothing"], "--judge nothing"),
-    (["--eval_samples", 0], "--eval_samples 0"), (["--beta", 0], "--beta 0"),
-    (["--sft_lr", "nan"], "--sft_lr nan"), (["--judge_temperature", -1], "--judge_temperature -1"),
+    (["--beta", 0], "--beta 0"), (["--judge_temperature", -1], "--judge_temperature -1"),
     (["--prompts", 4000], "it has 200 prompts"),
     (["--eft_dataset", "x.jsonl"], "--dataset tiny has its"),
-    (["--eval_dataset", "tiny"], "--dataset tiny has its"),
     (["--dataset", "d.jsonl", "--eft_dataset", "e.jsonl", "--sft_steps", 0], "--sft_steps 0 has"),
     (["--method", "dpo"], "invalid choice")])
 def test_refused_flags(tmp_path, argv, told, refused):
@@ -691,7 +667,6 @@ def test_refused_flags(tmp_path, argv, told, refused):
 @pytest.mark.parametrize("rows, eft, argv, told", [
     ([{"text": "a"}], JUDGED, [], "no prompt column"),
     ([{"prompt": "a", "text": "b"}], JUDGED, [], "no response column"),
-    ([{"prompt": ["a"], "response": "b"}], JUDGED, [], "row 1 has neither text nor"),
     (ROWS, [{"prompt": "a", "response": "b"}], [], "no judgement column"),
     (ROWS, [{"prompt": "a", "response": "b", "judgement": "4/5"}], [], "no judgement has a line"),
     ([{**r, "response": ""} for r in ROWS], [], [], "0 of 0 answers (IFT) and 0 of 0"),
@@ -699,8 +674,7 @@ def test_refused_flags(tmp_path, argv, told, refused):
     (ROWS, JUDGED, ["--prompts", 40], "28 prompts"),
     (ROWS, JUDGED, ["--ift_size", 45], "45 for SFT (--ift_size) and 12 held out it has 3 prompts"),
     (ROWS, JUDGED, ["--eval_dataset", "ultrafeedback"], "give a file or a Hub id"),
-    (ROWS, JUDGED, ["--max_new_tokens", 2000], "context of 1024"),
-    (ROWS, JUDGED, ["--dataset", "gone.jsonl"], "gone.jsonl")])
+    (ROWS, JUDGED, ["--max_new_tokens", 2000], "context of 1024")])
 def test_refused_data(tmp_path, rows, eft, argv, told, refused, llama_folder,  # noqa: F811
                       monkeypatch):
     monkeypatch.setattr(temporal_sr, "parse_score", REAL_PARSE)

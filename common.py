@@ -823,9 +823,9 @@ def same_answer(given, truth):
 
 
 def explosive(text):
-    """Could evaluating it take for ever? Exponents that are powers of numbers, or whose numbers have
-    a large product, above 20 behind a bracket, which may be a sum; large factorials; trigonometry
-    of large numbers; sums, integrals and the like."""
+    """Could evaluating it take for ever? Exponents that are powers of numbers, or whose numbers
+    have a large product (above 20 behind a bracket, which may be a sum); large factorials;
+    trigonometry of large numbers; sums, integrals and the like."""
     text = re.sub(r"\\(?:left|right|text|mathrm)\b", "", text)
     plain = bracketed = 1
     for m in re.finditer(r"([)}\]]?)\s*\^\s*", text):

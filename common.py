@@ -14,6 +14,7 @@ import logging
 import math
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -252,7 +253,8 @@ def trained_prompt(model, name, default=None):
     """A prompt that the model was trained with, in its config.json under "prompts": `instruction`
     follows a question whose answer is verified, `judge` asks temporal_sr.py's judge. [ours: a small
     model knows the words of its training only]"""
-    return getattr(model.config, "prompts", {}).get(name, default)
+    prompts = getattr(model.config, "prompts", None)
+    return prompts.get(name, default) if isinstance(prompts, dict) else default
 
 
 def stop_ids(model, tok):
@@ -757,11 +759,11 @@ def extract_answer(text):
     for m in re.finditer(r"\\boxed\s*\{|[{}]", text):
         if m[0] != "}":
             opened.append(m.span() if len(m[0]) > 1 else None)
-        elif opened and (box := opened.pop()):
+        elif opened and (box := opened.pop()) and text[box[1]:m.start()].strip():
             marks.append((2, box[0], text[box[1]:m.start()]))
     for m in re.finditer(r"^[ \t>*_]*####(?!#)[ \t]*([^\n]+)", text, re.M):
         marks.append((2 if is_answer(m[1]) else 1, m.start(1), m[1]))
-    for m in re.finditer(r"\banswer(?: is:?|:)\s*(?!\\boxed|####)(?=[^\n])", text, re.I):
+    for m in re.finditer(r"\banswer\**(?: is:?|:)\s*(?!\\boxed|####)(?=[^\n])", text, re.I):
         said = re.split(r"\n|\.(?:\s|$)", text[m.end():m.end() + 500])[0]  # the rest of a sentence
         marks.append((2 if is_answer(said) else 0, m.end(), said))
     return marks and max(marks)[2].strip(" \t\n<>*") or None
@@ -770,7 +772,8 @@ def extract_answer(text):
 def is_answer(text):
     """Is it surely an answer: a number, or nothing but an expression in dollars or \\boxed?"""
     text = text.strip(" \t<>*.")
-    return as_number(text) is not None or bool(re.fullmatch(r"\$+[^$]+\$+|\$*\\boxed.*", text))
+    latex = re.fullmatch(r"\$+[^$]+\$+|\\\(.+\\\)|\$*\\boxed.*", text)
+    return as_number(text) is not None or latex is not None
 
 
 def as_number(text):
@@ -811,39 +814,57 @@ def same_answer(given, truth):
         return tight[0] == tight[1]
     if all(bases) and bases[0] != bases[1] or explosive(given) or explosive(truth):
         return False
-    if re.search(r"\$|\\[(\[]|\\boxed|\n", given + truth):  # math-verify would read a part
-        return False
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import verify
 
-    # LaTeX only: what is none, `parse` would evaluate as Python
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    values = [parse(f"${x}$", [LatexExtractionConfig()], parsing_timeout=None)
-              for x in (truth, given)]
+    values = [read_latex(x) for x in (truth, given)]
     return bool(verify(*values, timeout_seconds=None))
 
 
+def read_latex(text):
+    """The whole text as LaTeX, for math-verify, whose own `parse` would take a part of it."""
+    from math_verify import LatexExtractionConfig
+    from math_verify.parser import normalize_latex, parse_latex_cached
+
+    text = normalize_latex(text, LatexExtractionConfig().normalization_config)
+    try:
+        return [parse_latex_cached(text), text]
+    except Exception:  # many kinds, all of them no LaTeX
+        return [text]
+
+
+N = r"[-+]?\d{0,4}[a-z]?"  # 12, -n, 2x
+EXPONENT = re.compile(rf"\\circ|{N}(?:[-+]{N}|/{N})?|[-+]?\\[dt]?frac\{{{N}\}}\{{{N}\}}"
+                      r"|-?[a-z]\^\{?\d\}?")
+
+
 def explosive(text):
-    """Could evaluating it take for ever? Exponents that are powers of numbers, or whose numbers
-    have a large product (above 20 behind a bracket, which may be a sum); large factorials;
-    trigonometry of large numbers; sums, integrals and the like."""
-    text = re.sub(r"\\(?:left|right|text|mathrm)\b", "", text)
-    plain = bracketed = 1
-    for m in re.finditer(r"([)}\]]?)\s*\^\s*", text):
-        end = re.compile(r"[-+]?\w*|").match(text, m.end()).end()
-        depth = text[m.end():m.end() + 1] in ("{", "(")
-        while depth and end < len(text):  # to the bracket that closes the exponent
-            end += 1
-            depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(text[end:end + 1], 0)
-        exponent = text[m.end():end]
-        size = math.prod(int(n[:9]) for n in re.findall(r"\d+", exponent))
-        plain, bracketed = plain * size, bracketed * (size if m[1] else 1)
-        if re.search(r"\d[\s)}]*\^", exponent) or re.match(r"[\s)}]*\^", text[end:]):
+    """Could comparing it take long? Deep brackets, large factorials, sums and the like; exponents
+    that are more than a number, a letter, a sum or fraction of two, or that are large: what counts
+    as large is less behind a bracket, which is multiplied out, and the less the more is in it."""
+    text = re.sub(r"\\(?:left|right|[!,;:])|\s", "", text)
+    letters = {*re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text))}
+    longest = max(map(len, re.findall(r"\d+", text)), default=0)
+    multiplied_out = (100, 100, 20, 6)[min(3, len(letters) + text.count("\\"))]
+    depth, power = 0, 1
+    for m in re.finditer(r"[({\[]|[)}\]]|\^", text):
+        depth += (m[0] in "({[") - (m[0] in ")}]")
+        if m[0] == "^":
+            e = re.match(r"\{((?:[^{}]|\{[^{}]*\})*)\}|\(([^()]*)\)|(\\circ|\d+|.?)",
+                         text[m.end():])
+            e = next(x for x in e.groups() if x is not None)
+            n = math.prod(int(x) or 1 for x in re.findall(r"\d+", e))
+            bracket = text[:m.start()][-1:] in (")", "}", "]")
+            power = power * n if bracket else max(power, n)
+            limit = multiplied_out if bracket else 200 if letters else 10**4
+            if not EXPONENT.fullmatch(e) or power > limit or power > 1 and power * longest > 10**5:
+                return True
+        if depth > 9:
             return True
-    factorials = re.sub(r"(?<![\d.)}!])\d{1,3}!(?!!)", "", text) if "^" not in text else text
-    return bool(plain > 20_000 or bracketed > 20 or "!" in factorials
-                or re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text) and re.search(r"\d{3}", text)
-                or re.search(r"\\(?:[dt]?binom|choose|sum|prod|i*int|lim|Gamma)", text)
-                or re.search(r"(?:[({\[]\s*){10}", text))  # which the parser takes long for
+    factorials = "!" in re.sub(r"(?<![\d.)}!])\d{1,3}!(?!!)", "!" if power > 1 else "", text)
+    return bool(factorials or re.search(r"\\(?:[dt]?binom|choose|sum|prod|i*int|lim|Gamma)", text)
+                or longest > 3 and re.search(r"sin|cos|tan|cot|sec|csc|exp", text)
+                or text.count("exp") > 1)
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -977,7 +998,7 @@ class Run:
             self.stopping = True
             return print("\nstopping after this step (once more: at once)", file=sys.stderr)
         print(f"\nstopped; what was not finished will be made anew; go on with: python "
-              f"{self.script}.py --resume {self.folder}", file=sys.stderr)
+              f"{self.script}.py --resume {shlex.quote(str(self.folder))}", file=sys.stderr)
         raise SystemExit(130)
 
     def add(self, values):

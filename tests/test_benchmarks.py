@@ -1,15 +1,14 @@
-"""The arithmetic behind the README's results."""
+"""The arithmetic behind the README's results, and that the rows of its tables can be run."""
 
+import importlib
 import json
-import sys
-from pathlib import Path
+import types
 
-import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import claims
 import figures
+import pytest
 import reproduce
+import torch
 
 
 def test_interval_by_hand():
@@ -50,11 +49,13 @@ def test_a_claim_whose_verdict_turned_needs_a_new_reason(theirs):
     assert "**does not hold** |" in claims.row_of(result, claim)
 
 
-def test_accuracy_at_half_lies_between_two_evaluations():
+def test_accuracy_at_a_number_of_tokens_lies_between_two_evaluations():
     rows = [{"step": 0, "eval/accuracy": .2}, {"step": 1, "sample/tokens": 30},
             {"step": 2, "sample/tokens": 40, "eval/accuracy": .6},
             {"step": 3, "sample/tokens": 100, "eval/accuracy": .9}]
     assert reproduce.at_half(rows) == pytest.approx(.6 + (50 - 40) / (100 - 40) * .3)
+    for tokens, expected in ((10, .3), (40, .6), (100, .9), (300, .9)):
+        assert reproduce.at(rows, tokens, "accuracy") == pytest.approx(expected)
     rows = [{"step": n, "eval/accuracy": n / 10} for n in (0, 4, 10)]  # nothing is sampled
     assert reproduce.at_half(rows) == pytest.approx(.5)
 
@@ -84,3 +85,43 @@ def test_a_figure_tells_which_numbers_it_shows(tmp_path, monkeypatch):
         (tmp_path / "gcpo.json").write_text(json.dumps(json.loads(text) | {"n": n}))
         found.append(figures.draw("gcpo").read_bytes())
     assert found[0] != found[1] and found[0][:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("script", reproduce.ROWS)
+def test_every_row_is_made_of_flags_that_the_script_has(script):
+    module = importlib.import_module(script)
+    for row, flags in reproduce.ROWS[script].items():
+        assert module.parse([*flags, "--seed", "3"]).seed == 3, row
+
+
+@pytest.mark.parametrize("name", reproduce.VARIATIONS)
+def test_a_variation_changes_what_the_script_has(name, monkeypatch):
+    monkeypatch.setattr(reproduce, "world", lambda _: None)
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.AdamW)  # both are put back after it
+    script, = (s for s, rows in reproduce.ROWS.items() if reproduce.ALL_ROWS.get(s) == name
+               or any(reproduce.variation_of(row) == name for row in rows))
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module.Config, "tiny_files", module.Config.tiny_files)
+    before = vars(module) | {"common": types.SimpleNamespace(**vars(module.common))}
+    after = types.SimpleNamespace(**before)
+    files, adamw, folder = module.Config.tiny_files, torch.optim.AdamW, module.common.TINY_FOLDER
+    reproduce.VARIATIONS[name](after)
+    changed = {k for k in vars(after) if vars(after)[k] is not before.get(k)}
+    assert changed <= before.keys()
+    assert changed or (files, adamw, folder) != (
+        module.Config.tiny_files, torch.optim.AdamW, after.common.TINY_FOLDER)
+
+
+def test_a_row_of_light_if_goes_on_from_products_of_the_first(tmp_path, monkeypatch):
+    assert reproduce.SHARED.keys() <= reproduce.ROWS["light_if"].keys()
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    first = reproduce.folder_of("light_if", "light_if", 0)
+    for name in reproduce.ZERO[1:]:
+        (first / name).mkdir(parents=True)
+        (first / name / "model.safetensors").write_text(name)
+    (first / "prompts.jsonl").write_text("{}")
+    (tmp_path / "light_if.py").write_text(
+        "import sys, os; print(*sys.argv); open(sys.argv[-1] + '/summary.json', 'w').write('{}')")
+    folder = reproduce.run("light_if", "sft none", ["--sft", "none"], 0)
+    assert {p.name for p in folder.iterdir()} == {*reproduce.ZERO, "summary.json"}
+    assert (folder / "zero_hard/model.safetensors").read_text() == "zero_hard"

@@ -522,7 +522,11 @@ def test_extract_answer(text, answer):
     ("1{,}080", "1080", True), ("1,\\!080", "1080", True), ("\\$1,\\!080", "1{,}080", True),
     ("1{,}080", "1081", False), ("2516_8", "2516_{8}", True), ("2516_9", "2516_8", False),
     ("x_2 = {5}", "5", True), ("2516_{9}", "2516_8", False),
-    ("11111111100", "11,\\! 111,\\! 111,\\! 100", True)])
+    ("11111111100", "11,\\! 111,\\! 111,\\! 100", True),
+    ("\\begin{pmatrix}\n\\dfrac{1}{2} \\\\ 2\n\\end{pmatrix}",
+     "\\begin{pmatrix} 1/2 \\\\ 2 \\end{pmatrix}", True),
+    ("1+x+x^2+x^3+x^4+x^5+x^6+x^7+x^8", "x^8+x^7+x^6+x^5+x^4+x^3+x^2+x+1", True),
+    ("(x+1)^3(x+2)^3(x+3)^3", "(x+3)^3(x+1)^3(x+2)^3", True)])
 def test_same_answer(given, truth, equal):
     assert same_answer(given, truth) is equal
 

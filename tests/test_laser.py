@@ -355,8 +355,9 @@ def test_every_score_reads_z_c_at_the_end(tmp_path, monkeypatch, qwen_folder, la
     assert score.shape == A.shape == (8, 4) and not score.requires_grad
     assert (tau, threshold) == (.1, .01)
     assert jsonl(tmp_path / "r" / "metrics.jsonl")[1]["verify/mixed"] == where.double().mean()
-    trained = torch.cat([a[2] for a, _ in used])
-    assert sorted(trained[trained != 0].tolist()) == sorted(mixed_A[mixed_A != 0].tolist())
+    pairs = zip(mixed_A.flatten().tolist(), (len(s.tokens) for s in batch))
+    trained = [x for a, _ in used for x in zip(a[2].tolist(), a[3].sum(1).tolist())]
+    assert sorted(x for x in trained if x[0]) == sorted(x for x in pairs if x[0])
     # one update: the scores with gradient are the same numbers
     logp_z, weight = (torch.cat([a[i] for a, _ in loss]) for i in (0, 2))
     again = (.3 * (logp_z[:, 0] + 15))[weight > 0].tolist()

@@ -234,12 +234,15 @@ def test_a_run_that_is_killed_everywhere_goes_on_exactly(tmp_path, full):
 
 
 def test_checkpoints_far_apart(tmp_path, full):
-    """None inside of a stage: it is made anew, as often as it is killed."""
-    for call in (3, 4):  # in zero_hard, sft
-        killed_in(tmp_path / "r", ["--save_every", "0"] if call == 3 else [], common.Run,
-                  "end_step", True, call=3)
-    light_if.main(["--resume", str(tmp_path / "r")])
-    assert same(tmp_path / "r", full)
+    """None inside of a stage: it is made anew, as often as it is killed; also where the checkpoint
+    of its end is damaged, and its product is there."""
+    out = tmp_path / "r"
+    killed_in(out, ["--save_every", "0"], common.Run, "end_step", True, call=3)  # in zero_hard
+    killed_in(out, [], common.Run, "end_step", True, call=3)                     # in sft
+    killed_in(out, [], light_if, "leave", True, call=2)                          # easy
+    (out / "checkpoint/step_000008.pt").write_bytes(b"")
+    light_if.main(["--resume", str(out)])
+    assert same(out, full)
 
 
 def test_the_checkpoint_before_a_damaged_one(tmp_path, full):

@@ -978,15 +978,18 @@ def begin(run, name, start, steps, test):
 
 def finished(run, name, start, steps):
     """Where the model of a stage is, if there is nothing left to do for it."""
+    state, folder = run.state, run.folder / name
     if not steps:
         return start
-    if not (run.folder / name).exists():
+    if run.cfg.resume and state["stage"] and name not in state["stages"] and not (
+            state["stage"] == name and state["step"] >= state["began"] + steps):
+        shutil.rmtree(folder, ignore_errors=True)  # it is ahead of the checkpoint
+    if state["stage"] == name and state["step"] < state["began"] + steps:
+        shutil.rmtree(folder, ignore_errors=True)  # a finished run goes on with more --steps
+    if not folder.exists():
         return None
-    if run.state["stage"] == name and run.state["step"] < run.state["began"] + steps:
-        shutil.rmtree(run.folder / name)  # the last stage of a run that goes on with more --steps
-        return None
-    run.state["stages"].setdefault(name, run.state["after"])  # killed before a next checkpoint
-    return run.folder / name
+    state["stages"].setdefault(name, state["after"])  # killed before a next checkpoint
+    return folder
 
 
 def leave(run, name, policy, tok):

@@ -248,14 +248,17 @@ def test_z_i_is_the_next_token_that_is_free(tmp_path, monkeypatch, tiny):
 def test_c_ref_is_measured_on_own_finished_solutions(tmp_path, monkeypatch, tiny, capsys):
     read = spy(monkeypatch, laser, "batch_last_token_logps")
     made = spy(monkeypatch, laser, "reference_logp_z")
-    run(tmp_path / "r", "--temperature", 1.3, "--max_new_tokens", 24, *NO_WARMUP, steps=1)
+    flags = ["--temperature", 1.3, "--max_new_tokens", 24]
+    rows = run(tmp_path / "r", *flags, *NO_WARMUP, steps=1)
     (_, pairs, z, _), logps = read[0]
     assert len(pairs) >= laser.PAIRS and all(s.finished for s in pairs)
     assert len({s.prompt for s in pairs}) > laser.PAIRS // 2 and z == [tiny[1].pad_token_id]
     c_ref = logps[:, 0].mean().item()
     assert f"c_ref = {c_ref:.3f}," in capsys.readouterr().out
     assert torch.cat([c for _, c in made]).unique().tolist() == [pytest.approx(c_ref)]
-    run(tmp_path / "given", "--c_ref", -9, steps=1)
+    given = run(tmp_path / "given", "--c_ref", -9, *flags, steps=1)
+    for name in ("sample/length", "policy/entropy"):
+        assert given[1][name] == rows[1][name], "measuring changes no sample of the training"
     printed = capsys.readouterr().out
     assert "calibration" not in printed
     assert "note: plain GRPO throughout, --steps 1 does not exceed" in printed

@@ -87,10 +87,10 @@ from transformers import set_seed
 
 import common
 from common import (
-    Run, arg, as_number, as_samples, causal_lm, collate, evaluate, extract_answer, fail,
+    Run, adamw, arg, as_number, as_samples, causal_lm, collate, evaluate, extract_answer, fail,
     frozen_reference, hidden_states, load_model, micro_batches, mismatch, one_line, parse_config,
     problem_stream, product, reference_logps, response_logps, same_answer, sample,
-    sampling_statistics, save_model, set_up, sft_step, take, trained, trained_prompt, update,
+    sampling_statistics, save_model, set_up, sft_step, take, trained_prompt, update,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -554,7 +554,7 @@ def score(policy, heads, samples, sets, cfg, logps=True):
 def warm_up(policy, tok, train, cfg, folder):
     """Stage 1: SFT on the annotated CoT. Leaves the policy in `folder`, LoRA adapters merged."""
     steps = max(1, cfg.sft_epochs * len(train) // SFT_BATCH)
-    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.sft_lr, weight_decay=0.0)
+    opt = adamw(cfg.sft_lr, policy)
     stream, losses = problem_stream(train, 0, f"sft{cfg.seed}"), []
     for step in tqdm(range(1, steps + 1), "stage 1, SFT", disable=None):
         samples = [s for _, s in islice(stream, SFT_BATCH)]
@@ -592,8 +592,7 @@ def main(argv=None):
     set_seed(cfg.seed)  # whatever was drawn so far, all methods sample alike from here on
     learners = torch.nn.ModuleList([policy, heads])
     reference = frozen_reference(policy) if ppo else None
-    opt = torch.optim.AdamW([{"params": [p for _, p in trained(m)]} for m in learners], lr=cfg.lr,
-                            weight_decay=0.0)
+    opt = adamw(cfg.lr, *learners)
     pairs = annotate(held_out, policy, tok, cfg)[:VECTORS] if contrast else []
 
     def test():

@@ -283,6 +283,12 @@ def reference_policy(model, reference):
         yield reference or model
 
 
+def adamw(lr, *models):
+    """AdamW on what is trained of the models, a parameter group each; no weight decay [ours]."""
+    groups = [{"params": [p for _, p in trained(model)]} for model in models]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
+
+
 def update(opt, cfg, step, rates=None):
     """One AdamW step on the gradient, clipped to MAX_GRAD_NORM. -> its norm before clipping. A
     gradient that is not finite ends the program before it can touch the weights. `rates`: of each
@@ -525,6 +531,7 @@ def take(problems, number, state, seed):
 # ------------------------------------------------------------------------------------- sampling
 
 ROWS = 256  # responses that are decoded at a time [ours]
+DRAW_FLOATS = 2**20  # logits that are drawn from at a time: what a CPU's cache holds [ours]
 KV_BYTES = 4 * 2**30  # of the KV cache while sampling [ours: leaves room on a 24 GB card]
 
 
@@ -601,8 +608,10 @@ def decode(lm, tok, prompts, group, max_new_tokens, temperature, generator):
     logps, entropy = torch.zeros(n, max_new_tokens, device=device), torch.zeros(n, device=device)
     length = torch.full((n,), max_new_tokens, device=device)
     alive = torch.ones(n, dtype=torch.bool, device=device)  # rows of the batch that have not ended
+    chunk = max(1, DRAW_FLOATS // lm.config.vocab_size)
     for t in range(max_new_tokens):
-        token, logp, h = draw(suppress(lm, logits.float()), temperature, generator)
+        parts = [draw(suppress(lm, x.float()), temperature, generator) for x in logits.split(chunk)]
+        token, logp, h = (torch.cat(x) for x in zip(*parts))
         tokens[row, t], logps[row, t] = token, logp
         entropy[row] += h * alive
         ended = alive & torch.isin(token, stop)
@@ -660,7 +669,7 @@ def entropy_of(p, logp):
 
 # ---------------------------------------------------------------------------- log-probabilities
 
-HEAD_FLOATS = 2**24  # logits that exist at a time: 64 MiB in float32
+HEAD_FLOATS = 2**26  # logits that exist at a time: 256 MiB in float32
 
 
 def collate(samples, device):
@@ -703,10 +712,10 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
     row, column = mask[:, 1:].nonzero(as_tuple=True)
     lm = causal_lm(model)
     head = lm.get_output_embeddings()
+    weight = head.weight.to(getattr(lm, "compute_dtype", None))  # once, not for every chunk
 
     def score(hidden, target):
-        with autocast(model):
-            logits = head(hidden)
+        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, head.bias)
         logp = torch.log_softmax(suppress(lm, logits.float()) / temperature, -1)
         entropy = entropy_of(logp.exp(), logp) if with_entropy else torch.zeros_like(logp[:, 0])
         return logp.gather(1, target[:, None]).squeeze(1), entropy

@@ -41,10 +41,10 @@ import torch
 
 import common
 from common import (
-    Run, arg, as_samples, batch_logps, encode_prompts, evaluate, extract_answer, fail,
+    Run, adamw, arg, as_samples, batch_logps, encode_prompts, evaluate, extract_answer, fail,
     frozen_reference, generator_of, load_model, micro_batches, mismatch, one_line, parse_config,
     product, read_json, reference_logps, response_logps, same_answer, sample, sampling_statistics,
-    set_up, take, trained, trained_prompt, update, write_rows,
+    set_up, take, trained_prompt, update, write_rows,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -311,7 +311,7 @@ def main(argv=None):
     policy, tok, train, held_out, instruction = set_up(cfg)
     golden = golden_answers(train, tok, cfg, instruction)
     reference = frozen_reference(policy) if cfg.kl_beta else None
-    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
+    opt = adamw(cfg.lr, policy)
     state = run.start(policy, opt, lambda: evaluate(policy, tok, held_out, cfg, correct)[0])
     for step in run.steps(cfg.steps):
         # 1-3. sample, verify, repair; with dynamic sampling until B groups have contrast

@@ -82,10 +82,9 @@ from matplotlib.figure import Figure
 
 import common
 from common import (
-    Run, arg, autocast, causal_lm, extract_answer, fail, frozen_reference, hidden_states,
+    Run, adamw, arg, autocast, causal_lm, extract_answer, fail, frozen_reference, hidden_states,
     micro_batches, mismatch, one_line, parse_config, problem_stream, reference_policy,
-    response_logps, same_answer, sample, sampling_statistics, set_up, stop_ids, take, trained,
-    update, vote,
+    response_logps, same_answer, sample, sampling_statistics, set_up, stop_ids, take, update, vote,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -496,7 +495,7 @@ def main(argv=None):
     if cfg.alpha and not phases(cfg.steps, cfg)[0]:
         print(f"note: plain GRPO throughout, --steps {cfg.steps} does not exceed "
               f"--reasoning_warmup_steps {cfg.reasoning_warmup_steps}")
-    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
+    opt = adamw(cfg.lr, policy)
     state = run.start(policy, opt, lambda: evaluate(policy, reference, tok, held_out, z, cfg,
                                                     run.folder))
     for step in run.steps(cfg.steps):

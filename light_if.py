@@ -95,10 +95,10 @@ from transformers import set_seed
 
 import common
 from common import (
-    Problem, Run, arg, as_samples, batch_logps, encode_prompts, fail, frozen_reference,
+    Problem, Run, adamw, arg, as_samples, batch_logps, encode_prompts, fail, frozen_reference,
     generator_of, load_model, micro_batches, mismatch, one_line, parse_config, problem_stream,
     product, read_json, read_rows, reference_logps, response_logps, sample, sampling_statistics,
-    save_model, take, text_columns, trained, trained_prompt, update, write_rows,
+    save_model, take, text_columns, trained_prompt, update, write_rows,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -966,7 +966,7 @@ def begin(run, name, start, steps, test):
     torch.manual_seed(random.Random(f"{cfg.seed}/{name}").getrandbits(48))
     policy, tok = load_model(str(start), cfg, cfg.lora)
     reference = frozen_reference(policy) if cfg.kl_coef and name != "sft" else None
-    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
+    opt = adamw(cfg.lr, policy)
     run.model, run.opt, run.test = policy, opt, partial(test, policy, tok)
     if run.state["stage"] == name:
         run.restore()

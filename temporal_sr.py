@@ -88,11 +88,10 @@ from transformers import set_seed
 
 import common
 from common import (
-    Problem, Run, Sample, arg, as_samples, batch_logps, causal_lm, encode_prompts,
+    Problem, Run, Sample, adamw, arg, as_samples, batch_logps, causal_lm, encode_prompts,
     encode_questions, fail, generator_of, hidden_states, load_model, micro_batches, one_line,
     parse_config, problem_stream, product, read_json, read_rows, response_logps, sample,
-    save_model, sft_step, text_columns, trained, trained_prompt, update,
-    write_rows,
+    save_model, sft_step, text_columns, trained, trained_prompt, update, write_rows,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -709,7 +708,7 @@ def sft_rows(policy, tok, ift, eft, cfg):
 
 def supervise(policy, tok, ift, eft, cfg, folder):
     """M_0: SFT on answers and judgements, mixed  [Eq. 4]. Leaves it in `folder`."""
-    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.sft_lr, weight_decay=0.0)
+    opt = adamw(cfg.sft_lr, policy)
     stream, losses = problem_stream(sft_rows(policy, tok, ift, eft, cfg), 0, f"sft{cfg.seed}"), []
     rates = run_rates(cfg, cfg.sft_steps, cfg.sft_lr)
     for step, rate in enumerate(tqdm(rates, "SFT", disable=None), 1):
@@ -722,7 +721,7 @@ def supervise(policy, tok, ift, eft, cfg, folder):
 def dpo(policy, batches, cfg, where):
     """One epoch of DPO from the weights in `policy`, which are the reference, on batches of
     (chosen, rejected) Candidates. -> means over the run"""
-    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
+    opt = adamw(cfg.lr, policy)
     batches = [[c.sample for pair in batch for c in pair] for batch in batches]  # in turns
     refs = batch_logps(policy, sum(batches, []), cfg, 1.0).sum(1).view(-1, 2)   # (P, 2), once
     losses, margins, norms, start = [], [], [], 0
@@ -747,7 +746,7 @@ def dpo(policy, batches, cfg, where):
 
 def sft(policy, batches, cfg, where):
     """rs_sft: one epoch of SFT on the best answers. -> means over the run"""
-    opt = torch.optim.AdamW([p for _, p in trained(policy)], lr=cfg.lr, weight_decay=0.0)
+    opt = adamw(cfg.lr, policy)
     rates, losses, norms = run_rates(cfg, len(batches), cfg.lr), [], []
     for batch, rate in zip(batches, rates):
         chosen = [best.sample for best, _ in batch]

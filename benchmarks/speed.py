@@ -275,7 +275,7 @@ def grpo_step(title, size, cfg, policy, tok, stream, rounds, dropped=1):
     problems = list(islice(stream, (dropped + rounds) * cfg.prompts))
     rows = [{"prompt": tok.decode(p.prompt), "number": i} for i, p in enumerate(problems)]
     assert all(tok(r["prompt"]).input_ids == [*p.prompt] for r, p in zip(rows, problems))
-    opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
+    opt = common.adamw(cfg.lr, policy)
     done, now = {"ours": [], "ours, flat rows skipped": [], "trl": []}, {}
 
     def reward(completions, completion_ids, number, **_):
@@ -331,7 +331,7 @@ def dpo_steps(policy, tok, data, cfg, precomputed):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
+    opt = common.adamw(cfg.lr, policy)
     done, space = {"ours": [], "trl": []}, "" if tok.chat_template else " "
     rows = [{name: tok.decode(x) + space for name, x in zip(("prompt", "chosen", "rejected"), row)}
             for row in data]
@@ -491,7 +491,7 @@ def dtype(args):
     policy, tok = random_model("100M", 151936)
     random.seed(0)
     prompts = [random_ids(12, 151936) for _ in range(8)]
-    opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
+    opt = common.adamw(cfg.lr, policy)
 
     def draw(name):
         policy.compute_dtype = getattr(torch, name)

@@ -75,7 +75,6 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -89,8 +88,8 @@ import common
 from common import (
     Run, adamw, arg, as_number, as_samples, causal_lm, collate, evaluate, extract_answer, fail,
     frozen_reference, hidden_states, load_model, micro_batches, mismatch, one_line, parse_config,
-    problem_stream, product, reference_logps, response_logps, same_answer, sample,
-    sampling_statistics, save_model, set_up, sft_step, take, trained_prompt, update,
+    product, reference_logps, response_logps, same_answer, sample, sampling_statistics, save_model,
+    set_up, sft_step, take, trained_prompt, update,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -555,9 +554,9 @@ def warm_up(policy, tok, train, cfg, folder):
     """Stage 1: SFT on the annotated CoT. Leaves the policy in `folder`, LoRA adapters merged."""
     steps = max(1, cfg.sft_epochs * len(train) // SFT_BATCH)
     opt = adamw(cfg.sft_lr, policy)
-    stream, losses = problem_stream(train, 0, f"sft{cfg.seed}"), []
+    state, losses = {"position": 0}, []
     for step in tqdm(range(1, steps + 1), "stage 1, SFT", disable=None):
-        samples = [s for _, s in islice(stream, SFT_BATCH)]
+        samples = [s for _, s in take(train, SFT_BATCH, state, f"sft{cfg.seed}")]
         rate = cfg.sft_lr * (1 - (step - 1) / steps)
         losses.append(sft_step(policy, samples, opt, cfg, f"{step} of stage 1", [rate])[0])
     print(f"stage 1: SFT on {len(train)} annotated CoT, {steps} steps, loss {losses[0]:.3f} -> "

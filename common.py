@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import re
 import shlex
@@ -26,7 +27,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from fractions import Fraction
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +44,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, not ours
 matplotlib.rcParams["text.parse_math"] = False  # a level of the data may have a $ in it
 
 # --------------------------------------------------------------------------------- command line
@@ -50,7 +52,8 @@ matplotlib.rcParams["text.parse_math"] = False  # a level of the data may have a
 
 def arg(default, help):
     """A dataclass field whose help says what it is and, in brackets, where its value is from."""
-    return HfArg(default=default, help=help.replace("%", "%%"))
+    help = help.replace("%", "%%")
+    return HfArg(default=default, help=help if default == "" else f"{help} (default: %(default)s)")
 
 
 @dataclass
@@ -99,45 +102,28 @@ def fail(message):
     raise SystemExit(2)
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the docstring as it is, and the value that a flag will have."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default == "" else super()._get_help_string(action)
-
-
 def parse_config(cls, script, doc, tiny, methods, argv=None):
     """The command line -> a `cls`. A flag's value is, in this order: what was typed, that of `tiny`
     (with the tiny model only; entries named after a method hold for that method), that of
     methods[--method], the default of its field. With --resume DIR the values of DIR/config.json
     take the place of the last three, and only --steps and --device may be typed with another."""
-    argv = sys.argv[1:] if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag, default in (("--model", "tiny"), ("--method", cls.method), ("--resume", "")):
         peek.add_argument(flag, nargs="?", default=default)
     chosen = peek.parse_known_args(argv)[0]
-    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False, formatter_class=Formatter)
-    parser.error = lambda message: fail(f"{message} (see --help)")
     values = methods.get(chosen.method, {})
     if chosen.model == "tiny":
         values = values | tiny | tiny.get(chosen.method, {})
-    parser.set_defaults(**{k: v for k, v in values.items() if not isinstance(v, dict)})
-    saved = []
     if chosen.resume:
-        try:
-            about = json.loads((Path(chosen.resume) / "config.json").read_text())
-            config = about["config"] | {"out": chosen.resume, "resume": chosen.resume}
-            saved = [f"--{k}={v}" for k, v in config.items() if k in cls.__dataclass_fields__]
-        except (OSError, ValueError, TypeError, KeyError) as e:
-            fail(f"--resume {chosen.resume}: no config.json of a run in it ({e})")
-        if about["script"] != script:
-            fail(f"--resume {chosen.resume}: was made by {about['script']}.py, not by {script}.py")
-    cfg = cls(**vars(parser.parse_args([*saved, *argv])))
-    known = vars(parser.parse_args(saved)) if saved else asdict(cfg)
+        values = saved_config(chosen.resume, script)
+    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (see --help)")
+    parser.set_defaults(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
+    cfg = cls(**vars(parser.parse_args(argv)))
     for name, x in asdict(cfg).items():
-        if x != known[name] and name not in ("steps", "device"):
-            fail(f"--resume {cfg.resume}: it was run with --{name} {known[name]}, not {x}; leave "
-                 "the flag out, or start a new run")
+        if chosen.resume and x != values.get(name, x) and name not in ("steps", "device"):
+            fail(f"--{name} {x}: the run in --resume {cfg.resume} has {values[name]}")
         if isinstance(x, int | float) and not (name in cls.negative or 0 <= x < math.inf):
             fail(f"--{name} {x}: must be a number from 0 on")
         if name in cls.positive and x <= 0:
@@ -155,6 +141,17 @@ def parse_config(cls, script, doc, tiny, methods, argv=None):
     return cfg
 
 
+def saved_config(folder, script):
+    """The flags of the run in a folder."""
+    try:
+        about = json.loads((Path(folder) / "config.json").read_text())
+        if about["script"] == script:
+            return about["config"] | {"out": folder, "resume": folder}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        fail(f"--resume {folder}: no config.json of a run in it ({e})")
+    fail(f"--resume {folder}: was made by {about['script']}.py, not by {script}.py")
+
+
 # --------------------------------------------------------------------------------------- models
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
@@ -168,12 +165,10 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama-3": "meta-llama", "Mistral": "mistralai"
 def find_hub():
     """Asks the Hub for a sign of life, once; without one the libraries use their cache only.
     Left to themselves they retry for the better part of a minute per file."""
-    constants = huggingface_hub.constants
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
-        except Exception:  # whatever is wrong, the Hub is out of reach
-            constants.HF_HUB_OFFLINE = True
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # whatever is wrong, the Hub is out of reach
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def load_model(name, cfg, lora=False, flag="--model"):
@@ -184,18 +179,17 @@ def load_model(name, cfg, lora=False, flag="--model"):
     path, what = name, f"{flag} {name}"
     if name == "tiny":
         path = str(TINY_FOLDER / cfg.tiny_files["model"])
-    elif "/" not in name and not Path(name).is_dir():
-        organisations = [org for x, org in ORGANISATIONS.items() if name.startswith(x)]
-        path = f"{organisations[0]}/{name}" if organisations else name
-    if not Path(path).is_dir():
+    elif not Path(name).is_dir():
+        organisation = [org for x, org in ORGANISATIONS.items() if name.startswith(x)]
+        path = name if "/" in name else "/".join([*organisation, name])
         find_hub()
     if (Path(path) / "adapter_config.json").is_file():
         fail(f"{what}: holds LoRA adapters; merge them into their model (peft: merge_and_unload)")
     in_full = flag == "--model" and not lora
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        for name in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
-            setattr(config, name, 0.0)
+        for key in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
+            setattr(config, key, 0.0)
         if in_full and torch.device(cfg.device).type == "cuda":
             check_memory(config, cfg, what)
         tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -204,26 +198,28 @@ def load_model(name, cfg, lora=False, flag="--model"):
             trust_remote_code=False).to(cfg.device).eval()
     except Exception as e:  # many libraries' errors, all bad input here
         fail(f"{what}: {str(e) or repr(e):.400}")
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1.0):
+            fail(f"{what}: has logits behind the LM head ({key}), which is not supported")
     if tok.eos_token_id is None:
         fail(f"{what}: its tokenizer has no EOS token, so no response could ever end")
     tok.pad_token = tok.pad_token or tok.eos_token  # harmless: masks are built from positions
+    more = model.generation_config.eos_token_id  # None, a number or a list
+    model.generation_config.eos_token_id = sorted(
+        {tok.eos_token_id, *(more if isinstance(more, list) else [more])} - {None})
     model.generation_config.suppress_tokens = None  # a script's choice, not the checkpoint's
     model.compute_dtype = getattr(torch, cfg.dtype)
     if flag == "--model" and model.num_parameters() <= ONE_THREAD:
         torch.set_num_threads(1)
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1.0):
-            fail(f"{what}: has logits behind the LM head ({name}), which is not supported")
     if not lora:
         return model, tok
     from peft import LoraConfig, get_peft_model
 
     model.activation_checkpointing_enable()
-    with warnings.catch_warnings():  # peft asks for it by a name that transformers has deprecated
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        # Rank and alpha [ours]: common values; every linear layer except the LM head.
-        model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"))
-    return model.train(), tok  # activation checkpointing acts in training mode only
+    # Rank and alpha [ours]: common values; every linear layer except the LM head. Training mode,
+    # since activation checkpointing acts in no other.
+    lora_config = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
+    return get_peft_model(model, lora_config).train(), tok
 
 
 def check_memory(config, cfg, what):
@@ -253,14 +249,7 @@ def trained_prompt(model, name, default=None):
     """A prompt that the model was trained with, in its config.json under "prompts": `instruction`
     follows a question whose answer is verified, `judge` asks temporal_sr.py's judge. [ours: a small
     model knows the words of its training only]"""
-    prompts = getattr(model.config, "prompts", None)
-    return prompts.get(name, default) if isinstance(prompts, dict) else default
-
-
-def stop_ids(model, tok):
-    """Every id that ends a response: the tokenizer's EOS and those of the generation config."""
-    more = causal_lm(model).generation_config.eos_token_id
-    return sorted({tok.eos_token_id, *([more] if isinstance(more, int) else more or [])})
+    return (getattr(model.config, "prompts", None) or {}).get(name, default)
 
 
 def trained(model):
@@ -336,7 +325,7 @@ HUB_DATA = {"gsm8k": ("openai/gsm8k", "main", HASHES), "svamp": ("ChilleD/SVAMP"
 QUESTION = {"question": ("question_concat", "question", "problem", "prompt")}
 SOLUTION = {"answer": ("answer", "answer_value", "final_answer"),
             "solution": ("solution", "answer_cot", "rationale"),
-            "level": ("level",), "story": ("body",)}
+            "level": ("level",)}
 
 
 @dataclass
@@ -354,10 +343,9 @@ def read_rows(cfg, name, split, flag):
     """The rows that `name` stands for, as a list of dicts: tiny (`split` is a name in tiny_files),
     another built-in name, a Hub id or a local file. Data with a single split has `train` only;
     None where `split` is another."""
-    what = f"{flag} {name}"
     file = TINY_FOLDER / cfg.tiny_files[split] if name == "tiny" else Path(name)
     if file.suffix in (".jsonl", ".json"):
-        return read_json(file, what) if split == "train" or name == "tiny" else None
+        return read_json(file, f"{flag} {name}") if split == "train" or name == "tiny" else None
     if file.suffix != ".parquet":
         find_hub()
     import datasets  # after find_hub: it reads the offline switch on import
@@ -369,7 +357,7 @@ def read_rows(cfg, name, split, flag):
         parts = (datasets.load_dataset("parquet", data_files=name) if file.suffix == ".parquet"
                  else datasets.load_dataset(hub_id, config))
     except Exception as e:  # many libraries' errors, all bad input here
-        fail(f"{what}: no built-in name, file or Hub id that could be read (see --help): "
+        fail(f"{flag} {name}: no built-in name, file or Hub id that could be read (see --help): "
              f"{str(e.__cause__ or e):.300}")
     parts = parts if "train" in parts else {"train": next(iter(parts.values()))}
     return list(parts[split]) if split in parts else None
@@ -396,52 +384,45 @@ def read_json(path, what):
 def text_columns(rows, what, needed, optional=None):
     """The texts in the columns of rows. `needed` and `optional` map a name to the columns that may
     hold it: the first match wins, upper and lower case alike. -> a list of {name: text}, "" where a
-    value is missing. Ends the program where a needed column is missing, or is not of text."""
+    value is missing. Ends the program where a needed column is."""
     have = {c.lower(): c for row in rows for c in row}
     column = {name: next((have[c] for c in names if c in have), None)
               for name, names in (needed | (optional or {})).items()}
     for name in needed:
         if column[name] is None:
             fail(f"{what}: no {name} column; it needs one of {needed[name]}, but has {[*have]}")
-    texts = [{name: row.get(c) for name, c in column.items()} for row in rows]
-    for number, row in enumerate(texts, 1):
-        if not all(isinstance(x, str | int | float | None) for x in row.values()):
-            fail(f"{what}: row {number} has neither text nor a number in {[*column.values()]}")
-        row.update({name: "" if x is None else str(x).strip() for name, x in row.items()})
-    return texts
+    return [{name: "" if row.get(c) is None else str(row[c]).strip() for name, c in column.items()}
+            for row in rows]
 
 
 def to_problems(rows, what):
     """Dicts -> Problems. The answer may stand in its own column or at the end of the solution."""
     problems = []
     for row in text_columns(rows, what, QUESTION, SOLUTION):
-        question, answer, solution = row["question"], row["answer"], row["solution"]
-        if not question.startswith(row["story"]):  # SVAMP tells its story in a column of its own
-            question = f"{row['story']} {question}"
+        answer, solution = row["answer"], row["solution"]
         marked = extract_answer(answer or solution)
         if marked:  # the answer stands at the end of a solution, as in GSM8K
             answer, solution = marked, solution or answer
         solution = re.sub(r"<<[^<>]*>>", "", solution)  # GSM8K's calculator marks
-        if question and answer:
-            problems.append(Problem(question, answer, solution, row["level"]))
-    if not problems:
-        fail(f"{what}: no row has both a question and an answer; answers are looked for in "
-             f"{SOLUTION['answer'] + SOLUTION['solution']}, and it has {tuple(rows[0])}")
-    return problems
+        if row["question"] and answer:
+            problems.append(Problem(row["question"], answer, solution, row["level"]))
+    return problems or fail(
+        f"{what}: no row has both a question and an answer; answers are looked for in "
+        f"{SOLUTION['answer'] + SOLUTION['solution']}, and it has {tuple(rows[0])}")
 
 
 def load_problems(cfg):
     """-> (training problems, held-out problems); the two share no question."""
-    def load(name, split, flag):
-        rows = read_rows(cfg, name, split, flag)
-        return rows and to_problems(rows, f"{flag} {name}")
+    def load(flag, split):
+        name = getattr(cfg, flag)
+        rows = read_rows(cfg, name, split, f"--{flag}")
+        return rows and to_problems(rows, f"--{flag} {name}")
 
-    train = load(cfg.dataset, "train", "--dataset")
+    train = load("dataset", "train")
     if cfg.eval_dataset:
-        held_out = (load(cfg.eval_dataset, "test", "--eval_dataset")
-                    or load(cfg.eval_dataset, "train", "--eval_dataset"))
+        held_out = load("eval_dataset", "test") or load("eval_dataset", "train")
     else:
-        held_out = load(cfg.dataset, "test", "--dataset")
+        held_out = load("dataset", "test")
     if held_out is None:
         random.Random(0).shuffle(train)  # not cfg.seed: every seed holds out the same rows
         held_out = train[:min(200, len(train) // 5)]
@@ -487,9 +468,8 @@ def set_up(cfg, template=None):
 
 def defuse(tok, text):
     """The text with a space inside whatever the tokenizer would read as one of its special tokens:
-    what stands in data or in a response never becomes a control token. Half a surrogate pair, which
-    no tokenizer takes, becomes a question mark."""
-    text = text.encode(errors="replace").decode()
+    what stands in data or in a response never becomes a control token."""
+    text = text.encode(errors="replace").decode()  # no tokenizer takes half a surrogate pair
     special = {t.content for t in tok.added_tokens_decoder.values() if t.special}
     for token in {t.strip() for t in special | {*tok.all_special_tokens}}:
         while len(token) > 1 and token in text:
@@ -509,30 +489,25 @@ def encode_questions(tok, questions):
     return [ids[:-1] if ids[-1] == tok.eos_token_id else ids for ids in rows]
 
 
-def problem_stream(problems, position, seed):
-    """Endless problems from `position` on, reshuffled every epoch: a function of its arguments,
-    so that a resumed run needs only the position."""
-    while True:
-        epoch, start = divmod(position, len(problems))
+def take(problems, number, state, seed):
+    """The next `number` of endless problems, reshuffled every epoch. Moves state["position"] on,
+    which is all that a resumed run needs."""
+    taken = []
+    while len(taken) < number:
+        epoch, start = divmod(state["position"], len(problems))
         order = list(range(len(problems)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        for i in order[start:]:
-            position += 1
-            yield problems[i]
-
-
-def take(problems, number, state, seed):
-    """The next `number` of the `problem_stream`; moves state["position"] on."""
-    stream = problem_stream(problems, state["position"], seed)
-    state["position"] += number
-    return list(islice(stream, number))
+        chosen = order[start:start + number - len(taken)]
+        taken += [problems[i] for i in chosen]
+        state["position"] += len(chosen)
+    return taken
 
 
 # ------------------------------------------------------------------------------------- sampling
 
 ROWS = 256  # responses that are decoded at a time [ours]
+KV_TOKENS = 2**16  # tokens in the KV cache: 4 GB for a model of 7B, 57 kB per token [ours]
 DRAW_FLOATS = 2**20  # logits that are drawn from at a time: what a CPU's cache holds [ours]
-KV_BYTES = 4 * 2**30  # of the KV cache while sampling [ours: leaves room on a 24 GB card]
 
 
 @dataclass
@@ -565,17 +540,13 @@ def generator_of(cfg, *names):
 
 
 @torch.no_grad()  # in inference mode autocast would keep no casts
-def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=None, rows=ROWS):
+def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=None):
     """`group` responses to each prompt from softmax(logits / temperature), nothing else applied
     (but see `suppress`); temperature 0 is greedy. -> B*G Samples; sample i is of prompt i // group.
-    Prompts of similar length are decoded together, at most `rows` responses at a time, fewer where
-    their KV cache would pass KV_BYTES."""
+    Prompts of similar length are decoded together, as many as ROWS and KV_TOKENS allow."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    longest, c = max_new_tokens + max(map(len, prompts), default=0), model.config
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    kv_bytes = 2 * c.num_hidden_layers * kv_heads * head * model.dtype.itemsize  # of a token
-    size = max(1, min(rows, KV_BYTES // (kv_bytes * longest)) // group)
+    longest = max_new_tokens + max(map(len, prompts), default=0)
+    size = max(1, min(ROWS, KV_TOKENS // longest) // group)
     starts, done, was_training = range(0, len(order), size), {}, model.training
     model.eval()  # activation checkpointing switches the KV cache off in training mode
     with autocast(model):  # one for all tokens: it casts each weight once
@@ -591,32 +562,31 @@ def sample(model, tok, prompts, group, max_new_tokens, temperature, generator=No
 def decode(lm, tok, prompts, group, max_new_tokens, temperature, generator):
     """The decoding loop. Each prompt is prefilled once and its KV cache shared by its group; rows
     that have ended are dropped once they are a quarter of the batch."""
-    device, n, width = lm.device, len(prompts) * group, max(map(len, prompts))
+    n, width = len(prompts) * group, max(map(len, prompts))
+    new = partial(torch.zeros, device=lm.device)
     # left-padded, so that all rows go on at the same column
     ids = torch.tensor([[tok.pad_token_id] * (width - len(p)) + [*p] for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    ids, mask, padded = ids.to(device), mask.to(device), not bool(mask.all())
+    ids, mask, padded = ids.to(lm.device), mask.to(lm.device), not bool(mask.all())
     position = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=lm.config)
     logits = lm(input_ids=ids, attention_mask=mask, position_ids=position, cache=cache,
                 use_cache=True, logits_to_keep=1).logits[:, -1]
-    row = torch.arange(n, device=device)  # which response each row of the batch is
+    row = torch.arange(n, device=lm.device)  # which response each row of the batch is
     cache.batch_select_indices(row // group)
     logits, mask, position = (x[row // group] for x in (logits, mask, position[:, -1:]))
-    stop = torch.tensor(stop_ids(lm, tok), device=device)
-    tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
-    logps, entropy = torch.zeros(n, max_new_tokens, device=device), torch.zeros(n, device=device)
-    length = torch.full((n,), max_new_tokens, device=device)
-    alive = torch.ones(n, dtype=torch.bool, device=device)  # rows of the batch that have not ended
-    chunk = max(1, DRAW_FLOATS // lm.config.vocab_size)
+    tokens, logps = new(n, max_new_tokens, dtype=torch.long), new(n, max_new_tokens)
+    entropy, length = new(n), new(n, dtype=torch.long)
+    alive = new(n, dtype=torch.bool).logical_not()  # rows of the batch that have not ended
+    stop = torch.tensor(lm.generation_config.eos_token_id, device=lm.device)
+    size = max(1, DRAW_FLOATS // logits.shape[1])
     for t in range(max_new_tokens):
-        parts = [draw(suppress(lm, x.float()), temperature, generator) for x in logits.split(chunk)]
-        token, logp, h = (torch.cat(x) for x in zip(*parts))
+        token, logp, h = map(torch.cat, zip(*(
+            draw(suppress(lm, part), temperature, generator) for part in logits.split(size))))
         tokens[row, t], logps[row, t] = token, logp
         entropy[row] += h * alive
-        ended = alive & torch.isin(token, stop)
-        length[row] = torch.where(ended, t + 1, length[row])
-        alive = alive & ~ended
+        length[row] += alive
+        alive = alive & ~torch.isin(token, stop)
         left = int(alive.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
@@ -628,9 +598,6 @@ def decode(lm, tok, prompts, group, max_new_tokens, temperature, generator):
         position, mask = position + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         logits = lm(input_ids=token[:, None], attention_mask=mask if padded else None,
                     position_ids=position, cache=cache, use_cache=True).logits[:, -1]
-    if not logps.isfinite().all():
-        fail("a sampled token has log-probability nan: the logits of the model are not finite; if "
-             "it was trained here, --resume goes on from its last checkpoint")
     ids, logps = ([x[:k] for x, k in zip(rows.tolist(), length.tolist())]
                   for rows in (tokens, logps))
     texts, ends = tok.batch_decode(ids, skip_special_tokens=True), set(stop.tolist())
@@ -639,9 +606,9 @@ def decode(lm, tok, prompts, group, max_new_tokens, temperature, generator):
 
 
 def suppress(lm, logits):
-    """(n, V) -> the same, with -inf for what a script put in generation_config.suppress_tokens:
-    the policy never draws those tokens, so they have no part in its distribution."""
-    tokens = lm.generation_config.suppress_tokens
+    """(n, V) -> float32, with -inf for what a script put in generation_config.suppress_tokens: the
+    policy never draws those tokens, so they have no part in its distribution."""
+    tokens, logits = lm.generation_config.suppress_tokens, logits.float()
     if not tokens:
         return logits
     return logits.index_fill(1, torch.tensor(tokens, device=logits.device), -math.inf)
@@ -658,7 +625,7 @@ def draw(logits, temperature, generator=None):
         cdf = p.cumsum(-1)
         u = torch.rand(len(p), 1, device=p.device, generator=generator).clamp(max=1 - 1e-6)
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1)
-        token = token.clamp(max=logits.shape[1] - 1)  # beyond it if the logits are nan
+        token = token.clamp(max=p.shape[1] - 1)  # beyond it if the logits are nan
     return token, logp.gather(1, token[:, None]).squeeze(1), entropy_of(p, logp)
 
 
@@ -716,7 +683,7 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
 
     def score(hidden, target):
         logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, head.bias)
-        logp = torch.log_softmax(suppress(lm, logits.float()) / temperature, -1)
+        logp = torch.log_softmax(suppress(lm, logits) / temperature, -1)
         entropy = entropy_of(logp.exp(), logp) if with_entropy else torch.zeros_like(logp[:, 0])
         return logp.gather(1, target[:, None]).squeeze(1), entropy
 
@@ -757,6 +724,8 @@ def mismatch(logp, mask, samples):
 
 UNIT = r"(?!(?i:and|to)\b|.*\b(?i:or|not)\b)[a-zA-Z]{2}[a-zA-Z .]*"  # no second candidate
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
+EXPONENT = r"\{(?:[^{}]|\{[^{}]*\})*\}|\([^()]*\)|\\circ|\d+|[a-zA-Z]"
+LATEX_SECONDS = 3  # for a comparison, which usually takes hundredths of a second [ours]
 
 
 def extract_answer(text):
@@ -821,59 +790,46 @@ def same_answer(given, truth):
     bases = [re.findall(r"\d_\{?(\d+)", x) for x in (given, truth)]  # math-verify ignores them
     if tight[0] == tight[1] or not re.search(r"[\\^_{}()\[\]]", given + truth):
         return tight[0] == tight[1]
-    if all(bases) and bases[0] != bases[1] or explosive(given) or explosive(truth):
+    if all(bases) and bases[0] != bases[1] or unsafe(given) or unsafe(truth):
         return False
-    from math_verify import verify
+    return same_latex(given, truth)
+
+
+def same_latex(given, truth):
+    """Equality of two LaTeX expressions by math-verify, in LATEX_SECONDS of CPU time or not equal."""
+    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify.errors import TimeoutException
+
+    def late(*_):
+        raise TimeoutException
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    values = [read_latex(x) for x in (truth, given)]
-    return bool(verify(*values, timeout_seconds=None))
+    alarm = hasattr(signal, "setitimer")  # Windows has none
+    before = alarm and signal.signal(signal.SIGVTALRM, late)
+    try:  # again every half second: an alarm inside a destructor is lost
+        alarm and signal.setitimer(signal.ITIMER_VIRTUAL, LATEX_SECONDS, 0.5)
+        values = [parse(f"\\boxed{{{x}}}", [LatexExtractionConfig()], "no_fallback",
+                        parsing_timeout=None) for x in (truth, given)]
+        return all(values) and verify(*values, timeout_seconds=None)
+    except TimeoutException:
+        return False
+    finally:
+        alarm and signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        alarm and signal.signal(signal.SIGVTALRM, before)
 
 
-def read_latex(text):
-    """The whole text as LaTeX, for math-verify, whose own `parse` would take a part of it."""
-    from math_verify import LatexExtractionConfig
-    from math_verify.parser import normalize_latex, parse_latex_cached
-
-    text = normalize_latex(text, LatexExtractionConfig().normalization_config)
-    try:
-        return [parse_latex_cached(text), text]
-    except Exception:  # many kinds, all of them no LaTeX
-        return [text]
-
-
-N = r"[-+]?\d{0,4}[a-z]?"  # 12, -n, 2x
-EXPONENT = re.compile(rf"\\circ|{N}(?:[-+]{N}|/{N})?|[-+]?\\[dt]?frac\{{{N}\}}\{{{N}\}}"
-                      r"|-?[a-z]\^\{?\d\}?")
-
-
-def explosive(text):
-    """Could comparing it take long? Deep brackets, large factorials, sums and the like; exponents
-    that are more than a number, a letter, a sum or fraction of two, or that are large: what counts
-    as large is less behind a bracket, which is multiplied out, and the less the more is in it."""
-    text = re.sub(r"\\(?:left|right|[!,;:])|\s", "", text)
-    letters = {*re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text))}
-    longest = max(map(len, re.findall(r"\d+", text)), default=0)
-    multiplied_out = (100, 100, 20, 6)[min(3, len(letters) + text.count("\\"))]
-    depth, power = 0, 1
-    for m in re.finditer(r"[({\[]|[)}\]]|\^", text):
-        depth += (m[0] in "({[") - (m[0] in ")}]")
-        if m[0] == "^":
-            e = re.match(r"\{((?:[^{}]|\{[^{}]*\})*)\}|\(([^()]*)\)|(\\circ|\d+|.?)",
-                         text[m.end():])
-            e = next(x for x in e.groups() if x is not None)
-            n = math.prod(int(x) or 1 for x in re.findall(r"\d+", e))
-            bracket = text[:m.start()][-1:] in (")", "}", "]")
-            power = power * n if bracket else max(power, n)
-            limit = multiplied_out if bracket else 200 if letters else 10**4
-            if not EXPONENT.fullmatch(e) or power > limit or power > 1 and power * longest > 10**5:
-                return True
-        if depth > 9:
+def unsafe(text):
+    """Could math-verify take a part of the text for the whole, or could a number in it be too large
+    for any time limit, which cannot interrupt the power of two integers? So: other mathematics
+    inside, many brackets, factorials and the like, towers of exponents, exponents that are large.
+    Those of brackets count together, as in ((9^9)^9)^9."""
+    text, power = re.sub(r"\\(?:left|right|[!,;:])|\s", "", text), 1
+    for bracket, exponent in re.findall(rf"([)}}\]]?)\^({EXPONENT}|)", text):
+        n = math.prod(int(x) or 1 for x in re.findall(r"\d+", exponent))
+        power = power * n if bracket else max(power, n)
+        if not exponent or "^" in exponent or power > (99 if bracket else 10**4):
             return True
-    factorials = "!" in re.sub(r"(?<![\d.)}!])\d{1,3}!(?!!)", "!" if power > 1 else "", text)
-    return bool(factorials or re.search(r"\\(?:[dt]?binom|choose|sum|prod|i*int|lim|Gamma)", text)
-                or longest > 3 and re.search(r"sin|cos|tan|cot|sec|csc|exp", text)
-                or text.count("exp") > 1)
+    return bool(re.search(r"\$|(?<!\\)\\[(\[]|!|binom|choose|Gamma|(?:[({\[][^)}\]]*){10}", text))
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -884,22 +840,23 @@ def evaluate(model, tok, problems, cfg, correct):
     mean@k, pass@k and maj@k of k samples to each. `correct(text, problem)` -> bool. -> the numbers;
     the B*k Samples; which are correct. They are drawn from a generator of their own, so that
     evaluating never changes training."""
-    prompts, k = [p.prompt for p in problems], cfg.eval_samples
-    greedy = sample(model, tok, prompts, 1, cfg.max_new_tokens, 0)
-    right = [correct(s.text, p) for s, p in zip(greedy, problems)]
+    def graded(k, temperature):
+        samples = sample(model, tok, [p.prompt for p in problems], k, cfg.max_new_tokens,
+                         temperature, torch.Generator(cfg.device).manual_seed(1234))
+        return samples, [correct(s.text, problems[i // k]) for i, s in enumerate(samples)]
+
+    right, k = graded(1, 0)[1], cfg.eval_samples
     result = {"accuracy": statistics.fmean(right)}
     for level in sorted({p.level for p in problems if p.level}):
         result[f"accuracy/level{level}"] = statistics.fmean(
             r for r, p in zip(right, problems) if p.level == level)
     if not k:
         return result, [], []
-    generator = torch.Generator(cfg.device).manual_seed(1234)
-    drawn = sample(model, tok, prompts, k, cfg.max_new_tokens, cfg.temperature, generator)
-    right = [correct(s.text, problems[i // k]) for i, s in enumerate(drawn)]
+    samples, right = graded(k, cfg.temperature)
     solved = [any(right[i:i + k]) for i in range(0, len(right), k)]
     result |= {f"mean@{k}": statistics.fmean(right), f"pass@{k}": statistics.fmean(solved),
-               f"maj@{k}": vote(drawn, right, k)}
-    return result, drawn, right
+               f"maj@{k}": vote(samples, right, k)}
+    return result, samples, right
 
 
 def vote(samples, right, k, weights=None):
@@ -970,9 +927,9 @@ def one_line(main):
         except torch.OutOfMemoryError as e:
             fail(f"{e!s:.200}: give --lora, or a smaller --micro_tokens or --max_new_tokens")
         except Exception as e:  # torch, safetensors and tokenizers hide an OSError
-            if not isinstance(e, OSError) and "No space left" not in f"{e} {e.__context__}":
-                raise
-            fail(f"{e!s:.200}; what is in the run folder is whole, and --resume goes on from it")
+            if isinstance(e, OSError) or "No space left" in f"{e} {e.__context__}":
+                fail(f"{e!s:.200}; what is in the run folder is whole, --resume goes on from it")
+            raise
     return run
 
 
@@ -1070,10 +1027,6 @@ class Run:
         if self.stopping:
             self.ask_to_stop()
 
-    def checkpoints(self):
-        """The paths of the checkpoints, the newest first."""
-        return sorted((self.folder / "checkpoint").glob("step_*.pt"), reverse=True)
-
     def save(self):
         """checkpoint/step_<n>.pt, under another name until it is whole: trained weights, optimizer,
         state, random numbers, and the sizes of the logs, so that later rows can be cut off."""
@@ -1089,35 +1042,33 @@ class Run:
         except RuntimeError as e:  # what torch makes of a full disk
             raise OSError(f"{path} cannot be written: {e}") from e
         path.with_name("new").replace(path)
-        for old in self.checkpoints()[2:]:  # the last two stay
+        for old in sorted(path.parent.glob("step_*.pt"))[:-2]:  # the last two stay
             old.unlink()
 
     def restore(self):
         """Goes back to the newest checkpoint that can be read: weights, optimizer, state, random
         numbers, sizes of the logs. -> was there one?"""
-        saved = None
-        for path in self.checkpoints():
+        saved, paths = None, sorted((self.folder / "checkpoint").glob("step_*.pt"))
+        while paths and not saved:
+            path = paths.pop()
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-                with torch.no_grad():
-                    for name, p in trained(self.model) if self.model else ():
-                        p.copy_(saved["weights"][name])
+                if self.model:
+                    self.model.load_state_dict(saved["weights"], strict=False)
                 if self.opt:
                     self.opt.load_state_dict(saved["optimizer"])
                 random.setstate(saved["rng"][0])
                 torch.set_rng_state(saved["rng"][1])
                 torch.cuda.set_rng_state_all(saved["rng"][2])
                 self.state = saved["state"]
-                break
             except Exception as e:  # whatever is wrong with the file
                 saved = None
                 print(f"{path} cannot be used ({e!s:.200}); going on from the one before it")
-        if self.checkpoints() and not saved:
-            fail(f"--resume {self.folder}: no checkpoint of it can be used; start another --out")
+                if not paths:
+                    fail(f"--resume {self.folder}: no checkpoint of it can be used; start anew")
         self.started = time.perf_counter() - self.state.get("seconds", 0)
         for log in [x for x in LOGS if (self.folder / x).exists()]:
-            with open(self.folder / log, "r+") as f:
-                f.truncate(min(f.seek(0, 2), saved["logs"][log]) if saved else 0)
+            os.truncate(self.folder / log, saved["logs"][log] if saved else 0)
         print(f"resuming {self.folder} after step {self.state['step']}")
         return bool(saved)
 
@@ -1144,15 +1095,17 @@ class Run:
         """curves.png: a panel per entry of `curves`; numbers of training are running means."""
         rows = read_json(self.folder / "metrics.jsonl", "metrics.jsonl")
         logged = sorted({name for row in rows for name in row})
-        fig = Figure(figsize=(4.4 * len(self.curves), 3.6), layout="tight")
-        axes = fig.subplots(1, len(self.curves))
-        for ax, (title, patterns) in zip(axes, self.curves.items()):
-            for name in [name for x in patterns for name in logged if fnmatch(name, x)]:
+        panels = {title: [name for x in patterns for name in logged if fnmatch(name, x)]
+                  for title, patterns in self.curves.items()}
+        panels = {title: names for title, names in panels.items() if names}
+        fig = Figure(figsize=(4.4 * len(panels), 3.6), layout="tight")
+        for ax, title in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
+            for name in panels[title]:
                 x, y = zip(*((row["step"], row[name]) for row in rows if name in row))
                 window = 1 if name.startswith("eval/") else 1 + len(y) // 20
                 y = [statistics.fmean(y[max(0, i - window):i]) for i in range(1, len(y) + 1)]
                 ax.plot(x, y, marker=".", label=name.split("/", 1)[1].removeprefix("accuracy/"))
-                ax.legend(fontsize=8)
+            ax.legend(fontsize=8)
             ax.set(title=title, xlabel="step")
             ax.grid(alpha=0.3)
         fig.suptitle(f"{self.script} --method {self.cfg.method}, seed {self.cfg.seed}")

@@ -74,7 +74,6 @@ import math
 import re
 import statistics
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -83,8 +82,8 @@ from matplotlib.figure import Figure
 import common
 from common import (
     Run, adamw, arg, autocast, causal_lm, extract_answer, fail, frozen_reference, hidden_states,
-    micro_batches, mismatch, one_line, parse_config, problem_stream, reference_policy,
-    response_logps, same_answer, sample, sampling_statistics, set_up, stop_ids, take, update, vote,
+    micro_batches, mismatch, one_line, parse_config, reference_policy, response_logps, same_answer,
+    sample, sampling_statistics, set_up, take, update, vote,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -192,7 +191,7 @@ def verification_tokens(tok, model, problems, cfg):
     z_c in cfg. Each must be a token of the model that ends no response and is in no prompt."""
     vocab, used = tok.get_vocab(), {i for p in problems for i in p.prompt}
     rows = causal_lm(model).get_output_embeddings().weight.shape[0]
-    taken = {*stop_ids(model, tok), *used}
+    taken = {*causal_lm(model).generation_config.eos_token_id, *used}
     free = [t for t, i in tok.get_added_vocab().items() if i not in taken and i < rows]
     perhaps = f"an unused one, such as {', '.join(free[:8])}" if free else "an unused one"
     cfg.token = cfg.token or next((t for t in TOKENS if t in vocab), "")
@@ -217,9 +216,9 @@ def calibrate(policy, tok, problems, z, cfg):
     """
     if not cfg.c_ref:
         generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-        stream, pairs, drawn = problem_stream(problems, 0, cfg.seed), [], 0
+        state, pairs, drawn = {"position": 0}, [], 0
         while len(pairs) < PAIRS and drawn < 8 * PAIRS:
-            prompts = [p.prompt for p in islice(stream, PAIRS)]
+            prompts = [p.prompt for p in take(problems, PAIRS, state, cfg.seed)]
             new = sample(policy, tok, prompts, 1, cfg.max_new_tokens, cfg.temperature, generator)
             pairs, drawn = pairs + [s for s in new if s.finished], drawn + PAIRS
         if len(pairs) < PAIRS:

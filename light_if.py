@@ -86,7 +86,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import partial
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -96,9 +95,9 @@ from transformers import set_seed
 import common
 from common import (
     Problem, Run, adamw, arg, as_samples, batch_logps, encode_prompts, fail, frozen_reference,
-    generator_of, load_model, micro_batches, mismatch, one_line, parse_config, problem_stream,
-    product, read_json, read_rows, reference_logps, response_logps, sample, sampling_statistics,
-    save_model, take, text_columns, trained_prompt, update, write_rows,
+    generator_of, load_model, micro_batches, mismatch, one_line, parse_config, product, read_json,
+    read_rows, reference_logps, response_logps, sample, sampling_statistics, save_model, take,
+    text_columns, trained_prompt, update, write_rows,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -936,11 +935,12 @@ def extract(model, tasks, cfg, path):
     tasks = render(policy, tok, tasks, "prompts", cfg)
     solved = [t for t in tasks if t.pass_rate] or tasks
     rows, counts, tried = [], dict.fromkeys(("responses", "correct", "deep", "fluent"), 0), 0
-    stream = problem_stream(solved, 0, f"cold{cfg.seed}")
+    state = {"position": 0}
     bar = tqdm(total=cfg.cold_start, desc="cold start", disable=None)
     while len(rows) < cfg.cold_start and tried < TRIES * (
             cfg.cold_start if rows else min(100, cfg.cold_start)):
-        batch, generator = list(islice(stream, PIECE)), generator_of(cfg, "cold start", tried)
+        batch = take(solved, PIECE, state, f"cold{cfg.seed}")
+        generator = generator_of(cfg, "cold start", tried)
         drawn = sample(policy, tok, [t.prompt for t in batch], 1, cfg.max_new_tokens,
                        cfg.temperature, generator)
         right = [(t, s) for t, s in zip(batch, drawn) if s.finished and judged(s, t)[0]]

@@ -77,7 +77,6 @@ import random
 import re
 import statistics
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -90,8 +89,8 @@ import common
 from common import (
     Problem, Run, Sample, adamw, arg, as_samples, batch_logps, causal_lm, encode_prompts,
     encode_questions, fail, generator_of, hidden_states, load_model, micro_batches, one_line,
-    parse_config, problem_stream, product, read_json, read_rows, response_logps, sample,
-    save_model, sft_step, text_columns, trained, trained_prompt, update, write_rows,
+    parse_config, product, read_json, read_rows, response_logps, sample, save_model, sft_step,
+    take, text_columns, trained, trained_prompt, update, write_rows,
 )
 
 # ------------------------------------------------------------------------------ 1. configuration
@@ -709,10 +708,10 @@ def sft_rows(policy, tok, ift, eft, cfg):
 def supervise(policy, tok, ift, eft, cfg, folder):
     """M_0: SFT on answers and judgements, mixed  [Eq. 4]. Leaves it in `folder`."""
     opt = adamw(cfg.sft_lr, policy)
-    stream, losses = problem_stream(sft_rows(policy, tok, ift, eft, cfg), 0, f"sft{cfg.seed}"), []
+    rows, state, losses = sft_rows(policy, tok, ift, eft, cfg), {"position": 0}, []
     rates = run_rates(cfg, cfg.sft_steps, cfg.sft_lr)
     for step, rate in enumerate(tqdm(rates, "SFT", disable=None), 1):
-        batch = list(islice(stream, cfg.batch))
+        batch = take(rows, cfg.batch, state, f"sft{cfg.seed}")
         losses.append(sft_step(policy, batch, opt, cfg, f"{step} of SFT", [rate])[0])
     print(f"M_0: {cfg.sft_steps} steps of SFT, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     save_model(folder, policy.merge_and_unload() if cfg.lora else policy, tok)

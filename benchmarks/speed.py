@@ -39,7 +39,6 @@ import time
 import warnings
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -100,7 +99,8 @@ def random_ids(number, vocab=VOCAB):
 
 
 def load(size, method, prompts, args, *flags):
-    """-> the config of `python gcpo.py --method ...`, policy, tokenizer, endless problems."""
+    """-> the config of `python gcpo.py --method ...`, policy, tokenizer, and a
+    function: number -> the next problems."""
     cfg = gcpo.parse(["--method", method, "--prompts", str(prompts), "--lr", "1e-6",
                       "--max_new_tokens", str(NEW), *precision(size, args), *flags])
     torch.manual_seed(0)
@@ -114,7 +114,8 @@ def load(size, method, prompts, args, *flags):
         policy.compute_dtype = getattr(torch, cfg.dtype)
         ids = [tuple(random_ids(random.randint(8, 16))) for _ in range(2000)]
         problems = [common.Problem(tok.decode(p), "t2", prompt=p) for p in ids]
-    return cfg, policy, tok, common.problem_stream(problems, 0, cfg.seed)
+    state = {"position": 0}
+    return cfg, policy, tok, lambda number: common.take(problems, number, state, cfg.seed)
 
 
 def precision(size, args):
@@ -168,9 +169,9 @@ def sampling(args):
         result[title] = sampling_cell(title, policy, tok, [random_ids(n, vocab) for n in lengths],
                                       args.rounds or rounds)
     for n in (8, 32):
-        _, policy, tok, stream = load("tiny", "grpo", n, args)
+        _, policy, tok, take = load("tiny", "grpo", n, args)
         title = f"sampling, tiny, its problems, {n} prompts"
-        prompts = [[*p.prompt] for p in islice(stream, n)]
+        prompts = [[*p.prompt] for p in take(n)]
         result[title] = sampling_cell(title, policy, tok, prompts, args.rounds or 9)
     return result
 
@@ -180,14 +181,14 @@ def plain_sampling(policy, tok, group, most, **more):
     return GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=most,
         num_return_sequences=group, pad_token_id=tok.pad_token_id,
-        eos_token_id=common.stop_ids(policy, tok), **more)
+        eos_token_id=policy.generation_config.eos_token_id, **more)
 
 
 def sampling_cell(title, policy, tok, prompts, rounds, group=8):
     """generate gets left-padded prompts, and returns ids; sample also returns texts,
     log-probabilities and entropies."""
     inputs = tok.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    stop = torch.tensor(common.stop_ids(policy, tok))
+    stop = torch.tensor(policy.generation_config.eos_token_id)
     plain = plain_sampling(policy, tok, group, NEW)
 
     def ours():
@@ -267,12 +268,12 @@ def grpo(args):
     return result
 
 
-def grpo_step(title, size, cfg, policy, tok, stream, rounds, dropped=1):
+def grpo_step(title, size, cfg, policy, tok, take, rounds, dropped=1):
     """After each step of TRL (on_step_begin to on_step_end) come two of ours on the same prompts:
     with every row, which is equal work, and as gcpo.py does it, without the rows of advantage 0,
     which add nothing to the gradient; how many those are depends on the policy."""
     judge = is_right if size == "tiny" else is_even
-    problems = list(islice(stream, (dropped + rounds) * cfg.prompts))
+    problems = take((dropped + rounds) * cfg.prompts)
     rows = [{"prompt": tok.decode(p.prompt), "number": i} for i, p in enumerate(problems)]
     assert all(tok(r["prompt"]).input_ids == [*p.prompt] for r, p in zip(rows, problems))
     opt = common.adamw(cfg.lr, policy)
@@ -308,11 +309,11 @@ def dpo(args):
     of random models: responses of 3 to 48 tokens to prompts of 4 to 6."""
     result = {}
     for size, pairs, rounds in (("tiny", 64, 7), ("1M", 64, 7), ("20M", 64, 5), ("100M", 16, 3)):
-        _, policy, tok, stream = load(size, "grpo", 1, args)
+        _, policy, tok, take = load(size, "grpo", 1, args)
         cfg = temporal_sr.parse(["--batch", str(pairs), "--lr", "1e-6", *precision(size, args)])
         number = (1 + (args.rounds or rounds)) * pairs
         if size == "tiny":  # chosen: the solution; rejected: another one's
-            problems = list(islice(stream, number))
+            problems = take(number)
             found = tok([p.solution for p in problems]).input_ids
             data = [[[*p.prompt], *both] for p, *both in zip(problems, found, found[1:] + found)]
         else:
@@ -455,8 +456,8 @@ def parity_of(method, args):
     """Sampled responses, random advantages; old and reference log-probabilities are the policy's
     own plus noise, so that ratios are not 1 and many are clipped. TRL pads prompts on the left, and
     float32 rounds both gradients: each is about 1e-5 from what float64 would give."""
-    cfg, policy, tok, stream = load("tiny", method, 4, args)
-    batch = common.sample(policy, tok, [p.prompt for p in islice(stream, 4)], cfg.group, NEW, 1.0)
+    cfg, policy, tok, take = load("tiny", method, 4, args)
+    batch = common.sample(policy, tok, [p.prompt for p in take(4)], cfg.group, NEW, 1.0)
     (ids, mask), A = common.collate(batch, cfg.device), torch.randn(len(batch))
     logp, _ = common.response_logps(policy, ids, mask, cfg.temperature)
     old, ref = ((logp.detach() + NOISE * torch.randn(mask.shape)) * mask for _ in range(2))

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -264,8 +263,8 @@ def test_dynamic_sampling_trains_on_full_batches_and_skips_no_problem(tmp_path, 
     calls = spy(monkeypatch, gcpo, "policy_loss")
     sampled = scored(lambda i, g: i == 0 or g % 10 == 0)  # one of ten groups has no contrast
     rows = run(tmp_path / "r", "--method", "dapo", "--micro_tokens", 10**6, "--prompts", 8)
-    problems = islice(common.problem_stream(train[0][1][2], 0, 0), len(sampled))
-    assert [g.problem for g in sampled] == list(problems) and len(sampled) == 2 * (8 + 2)
+    problems = common.take(train[0][1][2], len(sampled), {"position": 0}, 0)
+    assert [g.problem for g in sampled] == problems and len(sampled) == 2 * (8 + 2)
     assert [r["sample/rounds"] for r in rows[1:]] == [2, 2], "the second of 8 // 4 prompts"
     assert [len(a[3]) for a, _ in calls] == [8 * 3, 8 * 3]
     tokens = sum(len(s.tokens) for g in sampled for s in g.samples)

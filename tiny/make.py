@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import TINY_FOLDER, Config, as_samples, encode_questions, problem_stream, sft_step
+from common import TINY_FOLDER, Config, as_samples, encode_questions, sft_step, take
 from light_if import THINK_END, capital_words, combine, follow, words
 from temporal_sr import FORM, SLOTS, form_words, verdicts
 
@@ -217,7 +217,8 @@ def make_forms(folder):
     rows = [(row["prompt"], row["response"]) for row in ift]
     rows += [(JUDGE.format(question=row["prompt"], response=row["response"]), row["judgement"])
              for row in eft]
-    train(folder / "M_0", model, tok, partial(next, problem_stream(rows, 0, 0)), 2500, 64, 3e-3)
+    rows = iter(take(rows, 2500 * 64, {"position": 0}, 0))
+    train(folder / "M_0", model, tok, partial(next, rows), 2500, 64, 3e-3)
 
 
 # ------------------------------------------------------------------------------------- constraints

@@ -796,7 +796,7 @@ def same_answer(given, truth):
 
 
 def same_latex(given, truth):
-    """Equality of two LaTeX expressions by math-verify, in LATEX_SECONDS of CPU time or not equal."""
+    """Equality of two expressions by math-verify; what takes it LATEX_SECONDS is not equal."""
     from math_verify import LatexExtractionConfig, parse, verify
     from math_verify.errors import TimeoutException
 

@@ -177,9 +177,8 @@ def replace_golden(group, golden, index):
 
 
 def golden_answers(problems, tok, cfg, instruction):
-    """The golden answers: whole solutions, as continuations of the very prompt ids that the policy
-    sees -> {(question, answer): Sample}. One that fails the verifier, is nothing but the answer, or
-    is longer than --max_new_tokens (cut off, it would have no answer) is rejected [ours]."""
+    """Whole solutions as continuations of the policy's prompt ids -> {(question, answer): Sample}.
+    Rejected [ours]: those that are wrong, bare answers, or longer than --max_new_tokens."""
     if cfg.golden == "off":
         return {}
     if cfg.golden != "dataset":
@@ -191,9 +190,11 @@ def golden_answers(problems, tok, cfg, instruction):
     texts = [in_form(p, instruction, tok.decode(p.prompt[-8:])) for p in have]
     golden, rejected = {}, dict.fromkeys(("wrong", "bare", "too long"), 0)
     for p, s in zip(have, as_samples(tok, [p.prompt for p in have], texts)):
+        solution, answer = (re.sub(r"####|\\boxed|[{}$.,*%\s]", "", x)
+                            for x in (p.solution, p.answer))
         if not correct(s.text, p):
             rejected["wrong"] += 1
-        elif not re.sub(r"####|\\boxed|[{}$.\s]", "", p.solution).replace(p.answer, ""):
+        elif not solution.replace(answer, ""):
             rejected["bare"] += 1
         elif len(s.tokens) > cfg.max_new_tokens:
             rejected["too long"] += 1
@@ -210,7 +211,7 @@ def in_form(problem, instruction, prompt):
     text, mark, final = problem.solution, "####", f"#### {problem.answer}"
     if "\\boxed" in instruction:
         mark, final = "\\boxed", f"\\boxed{{{problem.answer}}}"
-    if mark not in text and (extract_answer(text) is None or correct(text, problem)):
+    if extract_answer(text) is None or mark not in text and correct(text, problem):
         text = f"{text}\n{final}"
     if prompt.rstrip().endswith("<think>") and "</think>" not in text:
         text = f"{text}\n</think>\n\n{final}"
@@ -218,8 +219,8 @@ def in_form(problem, instruction, prompt):
 
 
 def write_solutions(problems, cfg, instruction, path):
-    """--golden MODEL: solutions sampled from it, only verified ones, for the problems that this run
-    can meet -> a file with the columns of a data set"""
+    """--golden MODEL: solutions sampled from it, only verified ones, for the problems that --steps
+    will meet (and a run made longer later has no others) -> a file of a data set's columns"""
     teacher, tok = load_model(cfg.golden, cfg, flag="--golden")
     n = len(problems) if cfg.dynamic_sampling else min(len(problems), cfg.steps * cfg.prompts)
     met = [replace(p) for p in take(problems, n, {"position": 0}, cfg.seed)]
@@ -266,8 +267,7 @@ def importance_ratio(logp, old_logp, mask, kind):
 
 
 def k3_kl(logp, ref_logp):
-    """The k3 estimator, pi_ref/pi - log(pi_ref/pi) - 1 >= 0, per sampled token. (n, L) -> (n, L)
-    [DSMath Eq. 4 as trl and verl have it]"""
+    """k3: pi_ref/pi - log(pi_ref/pi) - 1 >= 0, per token. (n, L) -> (n, L)  [DSMath Eq. 4]"""
     return (ref_logp - logp).exp() - (ref_logp - logp) - 1
 
 

@@ -315,12 +315,22 @@ def test_golden_answers_are_verified_continuations(tiny, capsys):
     assert golden(problems, tok, golden="off") == {}
 
 
+@pytest.mark.parametrize("solution,answer", [
+    ("#### 3.5", "3.5"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("#### $5", "$5"),
+    ("#### 5 apples", "5 apples"), ("1,080\n#### 1,080", "1080"), ("**50%**", "50%")])
+def test_a_bare_answer_of_any_form_is_no_golden_answer(tiny, solution, answer, capsys):
+    shown = [common.Problem(question, answer, f"{text}{solution}", prompt=(5,))
+             for question, text in (("bare", ""), ("shown", "1+1=2\n"))]
+    assert list(golden(shown, tiny[1])) == ["shown"] and "'bare': 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("instruction,prompt,solution,text", [
     (common.HASHES, "", "1+1=2\n#### 2", "1+1=2\n#### 2"),
     ("", "", "1+1=2", "1+1=2\n#### 2"),
     (common.HASHES, "", "so \\boxed{2}", "so \\boxed{2}\n#### 2"),
     (common.BOXED, "", "1+1=2\n#### 2", "1+1=2\n#### 2\n\\boxed{2}"),
     (common.BOXED, "", "so \\boxed{2}.", "so \\boxed{2}."),
+    (common.HASHES, "", "so it is #### 2", "so it is #### 2\n#### 2"),
     (common.HASHES, "", "so \\boxed{3}", "so \\boxed{3}"),        # another answer is left as it is
     (common.BOXED, "", "the answer is 3", "the answer is 3"),
     (common.HASHES, "q<think>\n", "1+1=2\n#### 2", "1+1=2\n#### 2\n</think>\n\n#### 2"),

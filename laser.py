@@ -496,7 +496,7 @@ def main(argv=None):
               f"--reasoning_warmup_steps {cfg.reasoning_warmup_steps}")
     opt = adamw(cfg.lr, policy)
     state = run.start(policy, opt, lambda: evaluate(policy, reference, tok, held_out, z, cfg,
-                                                    run.folder))
+                                                    run.folder), token=cfg.token, c_ref=cfg.c_ref)
     for step in run.steps(cfg.steps):
         loss_on, mixing_on = phases(step, cfg)
 

@@ -87,6 +87,7 @@ def test_run_folder(tmp_path, capsys):
     config = json.loads((folder / "config.json").read_text())["config"]
     assert (config["alpha"], config["tau"]) == (laser.TINY["laser"]["alpha"], .1)
     summary = json.loads((folder / "summary.json").read_text())
+    assert summary["c_ref"] < -1 and summary["token"].startswith("<"), "what was measured, chosen"
     for when in ("before", "after"):
         assert {"accuracy", "accuracy/level1", "verify_f1", "auroc", "mean@2", "maj@2",
                 "weighted_maj@2", "best_of@2"} <= set(summary[when])
@@ -423,7 +424,7 @@ def test_llama_3_layout_and_a_tokenizer_without_spare_tokens(tmp_path, llama_fol
     tok, names = word_tokenizer(), [f"<|reserved_special_token_{i}|>" for i in (0, 1)]
     tok.add_special_tokens({"additional_special_tokens": names})
     head = SimpleNamespace(weight=torch.zeros(len(tok), 1))
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None),
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[tok.eos_token_id]),
                             get_output_embeddings=lambda: head)
     cfg.verify_loss = "bce"
     assert tok.convert_ids_to_tokens(laser.verification_tokens(tok, model, [], cfg)) == names

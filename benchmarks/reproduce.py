@@ -471,11 +471,13 @@ def spread(values):
 def markdown(script, result, columns):
     """The table and the differences."""
     before = [f"{result['before'][k]:.3f}" if k in result["before"] else "-" for k in columns]
+    equal = (" Accuracies are those at as many sampled tokens as the first row has; steps, tokens "
+             "and seconds are of the whole runs." if script in EQUAL_TOKENS else "")
     lines = [f"# {script}.py on the embedded default", "",
              f"`{result['command']}` at commit {result['commit']}; "
              f"torch {result['versions']['torch']}, transformers "
              f"{result['versions']['transformers']}; {result['hardware']}. Mean ± standard "
-             f"deviation over seeds 0-{claims.seeds(result) - 1}; every value is in {script}.json.",
+             f"deviation over seeds 0-{claims.seeds(result) - 1}; every value is in {script}.json.{equal}",
              "",
              "| method | " + " | ".join(k.replace("accuracy/", "") for k in columns)
              + " | steps | sampled tokens | CPU s of training | seeds |",

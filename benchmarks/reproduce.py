@@ -477,7 +477,8 @@ def markdown(script, result, columns):
              f"`{result['command']}` at commit {result['commit']}; "
              f"torch {result['versions']['torch']}, transformers "
              f"{result['versions']['transformers']}; {result['hardware']}. Mean ± standard "
-             f"deviation over seeds 0-{claims.seeds(result) - 1}; every value is in {script}.json.{equal}",
+             f"deviation over seeds 0-{claims.seeds(result) - 1}; every value is in {script}.json."
+             + equal,
              "",
              "| method | " + " | ".join(k.replace("accuracy/", "") for k in columns)
              + " | steps | sampled tokens | CPU s of training | seeds |",

@@ -52,8 +52,7 @@ matplotlib.rcParams["text.parse_math"] = False  # a level of the data may have a
 
 def arg(default, help):
     """A dataclass field whose help says what it is and, in brackets, where its value is from."""
-    help = help.replace("%", "%%")
-    return HfArg(default=default, help=help if default == "" else f"{help} (default: %(default)s)")
+    return HfArg(default=default, help=help.replace("%", "%%"))
 
 
 @dataclass
@@ -102,6 +101,13 @@ def fail(message):
     raise SystemExit(2)
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the docstring as it is, and the value that a flag will have."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default == "" else super()._get_help_string(action)
+
+
 def parse_config(cls, script, doc, tiny, methods, argv=None):
     """The command line -> a `cls`. A flag's value is, in this order: what was typed, that of `tiny`
     (with the tiny model only; entries named after a method hold for that method), that of
@@ -116,8 +122,7 @@ def parse_config(cls, script, doc, tiny, methods, argv=None):
         values = values | tiny | tiny.get(chosen.method, {})
     if chosen.resume:
         values = saved_config(chosen.resume, script)
-    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(cls, description=doc, allow_abbrev=False, formatter_class=Formatter)
     parser.error = lambda message: fail(f"{message} (see --help)")
     parser.set_defaults(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
     cfg = cls(**vars(parser.parse_args(argv)))

@@ -450,6 +450,16 @@ def test_update_warms_up_clips_and_refuses_nan(capsys):
         assert "step 3" in capsys.readouterr().err and torch.equal(flat(w), kept)
 
 
+def test_the_optimizer_has_what_is_trained_and_decays_no_weight(policy):
+    head = torch.nn.Linear(1, 1)
+    head.bias.requires_grad_(False)
+    before, opt = head.weight.item(), common.adamw(.5, policy, head)
+    assert [len(group["params"]) for group in opt.param_groups] == [len(common.trained(policy)), 1]
+    head.weight.grad = torch.zeros(1, 1)
+    opt.step()
+    assert head.weight.item() == before and opt.param_groups[0]["lr"] == .5
+
+
 @pytest.mark.parametrize("micro_tokens", [1, 10**6])
 def test_a_step_of_sft_is_cross_entropy_per_token(policy, tiny, micro_tokens):
     samples = common.as_samples(tiny[1], prompts(tiny[1], 3), ["1+1=2\n#### 2", "7", "#### 12"])

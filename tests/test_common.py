@@ -247,10 +247,15 @@ def test_draw_never_takes_an_impossible_token(uniform, token, monkeypatch):
 def test_groups_stay_in_prompt_order_whatever_the_chunks(tiny, monkeypatch):
     model, tok = tiny
     asked, greedy = prompts(tok, 7, (3, 1, 2)), []
+    calls = spy(monkeypatch, common, "decode")
     for rows, tokens in ((2, 2**16), (5, 2**16), (256, 2**16), (256, 200), (256, 1)):
         monkeypatch.setattr(common, "ROWS", rows)
         monkeypatch.setattr(common, "KV_TOKENS", tokens)
+        calls.clear()
         found = common.sample(model, tok, asked, 2, 6, 1.0)
+        longest = 6 + max(map(len, asked))
+        assert all(len(a[2]) == 1 or 2 * len(a[2]) <= min(rows, tokens / longest) for a, _ in calls)
+        assert (len(calls) == 1) == (rows > 5 and tokens > 200), "as many as may be"
         assert [s.prompt for s in found] == [p for p in asked for _ in range(2)]
         assert all(1 <= len(s.tokens) <= 6 and len(s.logps) == len(s.tokens) for s in found)
         assert all(s.finished or len(s.tokens) == 6 for s in found)

@@ -389,15 +389,20 @@ def read_json(path, what):
 def text_columns(rows, what, needed, optional=None):
     """The texts in the columns of rows. `needed` and `optional` map a name to the columns that may
     hold it: the first match wins, upper and lower case alike. -> a list of {name: text}, "" where a
-    value is missing. Ends the program where a needed column is."""
+    value is missing. Ends the program where a needed column is missing, or is not of text."""
     have = {c.lower(): c for row in rows for c in row}
     column = {name: next((have[c] for c in names if c in have), None)
               for name, names in (needed | (optional or {})).items()}
     for name in needed:
         if column[name] is None:
             fail(f"{what}: no {name} column; it needs one of {needed[name]}, but has {[*have]}")
-    return [{name: "" if row.get(c) is None else str(row[c]).strip() for name, c in column.items()}
-            for row in rows]
+    texts = []
+    for number, row in enumerate(rows, 1):
+        values = {name: row.get(c) for name, c in column.items()}
+        if not all(isinstance(x, str | int | float | None) for x in values.values()):
+            fail(f"{what}: row {number} has neither text nor a number in {[*column.values()]}")
+        texts.append({k: "" if x is None else str(x).strip() for k, x in values.items()})
+    return texts
 
 
 def to_problems(rows, what):

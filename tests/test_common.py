@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import make
@@ -297,6 +298,17 @@ def test_any_checkpoint_loads_and_samples(llama_folder, kw):
         assert logp[r, mask[r] > 0].tolist() == pytest.approx(s.logps, abs=1e-5)
         assert mask[r].sum() == len(s.tokens)  # an EOS that is also the pad id is counted
     assert common.trained_prompt(model, "instruction", "x") == "x"
+
+
+@pytest.mark.parametrize("eos, ids", [(None, [1]), (1, [1]), (7, [1, 7]), ([9, 7], [1, 7, 9])])
+def test_a_response_ends_at_the_end_tokens_of_tokenizer_and_checkpoint(llama_folder, eos, ids):
+    path = Path(llama_folder(), "generation_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos}))
+    model, tok = common.load_model(str(path.parent), CPU)
+    assert model.generation_config.eos_token_id == ids
+    ended = [s for s in common.sample(model, tok, [(5, 6)], 64, 40, 2.0) if s.finished]
+    assert {s.tokens[-1] for s in ended} <= set(ids) and len(ended) > 2
+    assert not {t for s in ended for t in s.tokens[:-1]} & set(ids)
 
 
 def test_logit_processing_after_the_head_is_refused(tmp_path, capsys):

@@ -142,7 +142,9 @@ def test_files_of_anything(files, tmp_path):
     ('{"question": ' + "9" * 5000 + "}", " 1 "), ('{"a": 1}\n{"a"', " 2 "),
     ('{"a": 1}\n\n{"a": 2}\n5\n{"a": 3}', " 4 "), ('[{"a": 1}, 5, {"a": 2}]', ""),
     ("{}", "no question column"), ('{"question": "q"}', "no row has both"),
-    ('{"question": "q", "answer": null}', "no row has both")])
+    ('{"question": "q", "answer": null}', "no row has both"),
+    ('{"question": "q", "answer": 1}\n{"question": ["q"], "answer": 1}', "row 2 "),
+    ('{"question": "q", "level": [1], "answer": 1}', "row 1 ")])
 def test_files_that_are_refused(data, says, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -258,6 +260,13 @@ def test_bombs_are_no_answers(bomb, monkeypatch):
     for pair in ((bomb, "5"), ("\\frac{5}{1}", bomb)):
         with within(3):
             assert not same_answer(*pair)
+
+
+@pytest.mark.parametrize("text, unsafe", [
+    ("2^{99}", False), ("2^{9999}", False), ("2^{10001}", True), ("(x+1)^{9}(x+2)^{11}", False),
+    ("((9^{9})^{9})^{9}", True), ("2^{3^{4}}", True), ("x^\\frac{1}{2}", True), ("90^\\circ", False)])
+def test_exponents_of_brackets_count_together(text, unsafe):
+    assert common.unsafe(text) == unsafe
 
 
 def test_no_answer_is_executed(tmp_path):

@@ -267,7 +267,10 @@ def frozen_reference(model):
     the adapters off gives it back (`reference_policy`)."""
     if hasattr(model, "disable_adapter"):
         return None
-    return copy.deepcopy(model).requires_grad_(False).to(causal_lm(model).compute_dtype)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    for p in reference.parameters():  # not the buffers: RoPE's frequencies stay float32
+        p.data = p.data.to(model.compute_dtype)
+    return reference
 
 
 @contextmanager
@@ -689,10 +692,12 @@ def response_logps(model, ids, mask, temperature, with_entropy=False, hidden=Non
     row, column = mask[:, 1:].nonzero(as_tuple=True)
     lm = causal_lm(model)
     head = lm.get_output_embeddings()
-    weight = head.weight.to(getattr(lm, "compute_dtype", None))  # once, not for every chunk
+    dtype = getattr(lm, "compute_dtype", head.weight.dtype)
+    weight, bias = head.weight.to(dtype), getattr(head, "bias", None)  # once, not for every chunk
+    bias = None if bias is None else bias.to(dtype)
 
     def score(hidden, target):
-        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, head.bias)
+        logits = torch.nn.functional.linear(hidden.to(dtype), weight, bias)
         logp = torch.log_softmax(suppress(lm, logits) / temperature, -1)
         entropy = entropy_of(logp.exp(), logp) if with_entropy else torch.zeros_like(logp[:, 0])
         return logp.gather(1, target[:, None]).squeeze(1), entropy

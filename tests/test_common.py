@@ -393,6 +393,26 @@ def test_only_what_is_trained_is_float32(bfloat16, llama_folder):
     assert common.trained(model) and not common.trained(reference)
 
 
+def test_the_reference_in_bfloat16_knows_its_positions(bfloat16):
+    reference = common.frozen_reference(bfloat16[0])
+    assert list(reference.buffers()) and {b.dtype for b in reference.buffers()} == {torch.float32}
+    for ours, theirs in zip(bfloat16[0].buffers(), reference.buffers()):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_lm_head_with_a_bias_in_bfloat16(bfloat16):
+    model, tok, _ = copy.deepcopy(bfloat16[0]), *bfloat16[1:]
+    samples = common.as_samples(tok, prompts(tok, 2), ["#### 2", "7"])
+    batch, (token, *_) = common.collate(samples, "cpu"), samples[0].tokens
+    before = common.response_logps(model, *batch, 1.0)[0]
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    assert torch.equal(common.response_logps(model, *batch, 1.0)[0], before)
+    model.lm_head.bias.data[token] = 20.0
+    logp = common.response_logps(model, *batch, 1.0)[0]
+    logp.sum().backward()
+    assert (logp - before).abs().max() > 1 and model.lm_head.bias.grad.abs().sum() > 0
+
+
 def test_float32_weights_take_steps_that_bfloat16_has_not(bfloat16):
     model, tok, cfg = copy.deepcopy(bfloat16[0]), *bfloat16[1:]
     before = flat(model)

@@ -144,7 +144,7 @@ def test_fixed_tree():
 
 
 BUDGETS = {  # the most lines of a file, and of parts of it
-    "common.py": {"": 1122},
+    "common.py": {"": 1127},
     "gcpo.py": {"": 370, "docstring": 36, "main": 60},
 }
 
